@@ -1,0 +1,1196 @@
+"""HyAR-TD3: reinforcement learning with hybrid (discrete + continuous) actions.
+
+A conditional VAE turns each hybrid action into one continuous latent action, and TD3 learns in that
+latent space; what the policy emits is decoded into a discrete action and its own parameters.
+
+Paper: Li et al., "HyAR: Addressing Discrete-Continuous Action Reinforcement Learning via Hybrid Action
+Representation", ICLR 2022, https://arxiv.org/abs/2109.05490
+
+    python hyar_td3.py --env Platform-v0
+    python hyar_td3.py --env Goal-v0 --seed 2 --capture-video
+    python hyar_td3.py --env SomePackage:Their-v0 --total-timesteps 100000 --run-name mine --resume
+
+Docs: docs/hyar_td3.md
+"""
+
+import contextlib
+import copy
+import csv
+import difflib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone still runs on any other environment
+    import envs  # noqa: F401  (registers Platform-v0, Goal-v0, HardGoal-v0, CatchPoint-v0, HardMove-v0, SimpleMove-v0)
+
+
+@dataclass
+class Args:
+    """Arguments of one run."""
+
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, PyTorch uses deterministic algorithms only"""
+    cuda: bool = True
+    """if toggled, a GPU is used where there is one"""
+    track: bool = False
+    """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
+    wandb_project_name: str = "LatentRL"
+    """the wandb project's name"""
+    wandb_entity: str | None = None
+    """the entity (team) of the wandb project"""
+    capture_video: bool = False
+    """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
+    runs_dir: str = "runs"
+    """the folder that run folders are created in"""
+    run_name: str | None = None
+    """the run folder's name (default: environment, experiment, seed and time)"""
+    resume: bool = False
+    """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
+    checkpoint_frequency: int = 10_000
+    """steps between two checkpoints"""
+    eval_frequency: int = 2_500
+    """steps between two evaluations"""
+    eval_episodes: int = 100
+    """episodes of each evaluation, always on the same seeds"""
+
+    # Algorithm specific arguments
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Platform-v0"
+    """the environment: any Gymnasium id with a hybrid action space, `package:Name-v0` imports the package first"""
+    total_timesteps: int | None = None
+    """environment steps of the learning phase (default: by environment; the random phase comes on top)"""
+    learning_rate: float = 3e-4
+    """learning rate of the actor and the critics"""
+    buffer_size: int | None = None
+    """newest transitions that the critics sample from (default: by environment); the VAE samples from all"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    tau: float = 0.005
+    """target smoothing coefficient"""
+    batch_size: int = 128
+    """batch size of the actor and the critics"""
+    policy_noise: float = 0.1
+    """standard deviation of the target policy's smoothing noise"""
+    noise_clip: float = 0.5
+    """clip of the target policy's smoothing noise"""
+    exploration_noise_start: float = 1.0
+    """standard deviation of the exploration noise in the first episode"""
+    exploration_noise: float = 0.1
+    """standard deviation of the exploration noise after its linear decay"""
+    exploration_noise_episodes: int = 1_000
+    """episodes over which the exploration noise decays"""
+    learning_starts: int = 128
+    """step of the learning phase at which updates begin"""
+    policy_frequency: int = 2
+    """critic updates per update of the actor and the targets"""
+    random_episodes: int | None = None
+    """episodes of the random phase, which the VAE is pre-trained on (default: by environment)"""
+    discrete_embedding: Literal["learned", "one-hot"] = "learned"
+    """embedding of the discrete action: a trained table (the paper's) or fixed one-hot vectors"""
+    discrete_latent_dim: int | None = None
+    """size of a discrete action's embedding (default: by environment; one-hot: the number of actions)"""
+    parameter_latent_dim: int | None = None
+    """size of the VAE's latent for the action's parameters (default: by environment)"""
+    vae_pretrain_steps: int = 5_000
+    """gradient steps of the VAE on the random phase's transitions"""
+    vae_batch_size: int = 64
+    """batch size of the VAE"""
+    vae_learning_rate: float = 1e-4
+    """learning rate of the VAE"""
+    anneal_vae_learning_rate: bool = False
+    """if toggled, the VAE's learning rate falls linearly to 0 over the learning phase"""
+    vae_update_start: int = 1_000
+    """episode of the learning phase from which the VAE is trained further"""
+    vae_update_episodes: int | None = None
+    """episodes between two further VAE steps and updates of the latent range (default: by environment)"""
+    parameter_weight: float = 2.0
+    """weight of the parameters' reconstruction error in the VAE's loss"""
+    state_weight: float = 1.0
+    """weight of the state-change prediction error in the VAE's loss"""
+    kl_weight: float = 0.5
+    """weight of the KL divergence (mean over batch and dimensions) in the VAE's loss"""
+    latent_range_samples: int = 5_000
+    """transitions whose latents give the latent range"""
+    latent_range_tail: float = 0.02
+    """share of latents outside of the latent range on each side (0.02: c = 96 % in the paper)"""
+    relabel: bool = True
+    """if toggled, latent actions that the current VAE would decode otherwise are replaced in each batch"""
+    relabel_threshold: float = 5.0
+    """a latent is replaced if its state-change error is above this many times the VAE's mean error"""
+    rebuild_vae_optimizer: bool = False
+    """if toggled, each VAE step uses a new Adam, as the original code does (for the ablation)"""
+
+
+DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "" holds what is not listed above it
+    "Goal": {"total_timesteps": 300_000, "random_episodes": 20_000},
+    "HardGoal": {"total_timesteps": 300_000, "random_episodes": 20_000},
+    "CatchPoint": {"total_timesteps": 1_000_000, "discrete_latent_dim": 4, "parameter_latent_dim": 4},
+    "HardMove": {"total_timesteps": 1_000_000, "buffer_size": 1_000_000},
+    "SimpleMove": {"total_timesteps": 1_000_000, "vae_update_episodes": 100},
+    "": {
+        "total_timesteps": 200_000,
+        "random_episodes": 5_000,
+        "buffer_size": 100_000,
+        "discrete_latent_dim": 6,
+        "parameter_latent_dim": 6,
+        "vae_update_episodes": 10,
+    },
+}
+
+
+# Environment ---------------------------------------------------------------------------------------------------------
+@dataclass
+class HybridActionSpace:
+    """A `Tuple(Discrete(K), Tuple(Box, ..., Box))` (a Box per action) or `Tuple(Discrete(K), Box)` (one for all).
+
+    Inside of the script an action is `(k, x)`: index k in 0..K-1 and parameters x (P,) in [-1, 1], padded with zeros
+    to the largest number of parameters P.
+    """
+
+    space: gym.spaces.Tuple
+    num_actions: int = field(init=False)
+    parameter_dims: list[int] = field(init=False)
+    parameter_dim: int = field(init=False)
+    mask: np.ndarray = field(init=False)  # (K, P): 1 where action k has a parameter
+
+    def __post_init__(self) -> None:
+        """Read sizes and bounds. Raises ValueError, with what was expected, for any other space."""
+        expected = "hybrid actions expected: Tuple(Discrete, Tuple(Box, ...)) or Tuple(Discrete, Box)"
+        if isinstance(self.space, gym.spaces.Box):
+            raise ValueError(f"{expected}, got a Box; for continuous control see sac_ae_pixels.py")
+        if isinstance(self.space, gym.spaces.Discrete):
+            raise ValueError(f"{expected}, got a Discrete space without parameters; try a DQN")
+        parts = tuple(self.space.spaces) if isinstance(self.space, gym.spaces.Tuple) else ()
+        if len(parts) != 2 or not isinstance(parts[0], gym.spaces.Discrete):
+            raise ValueError(f"{expected}, got {self.space}")
+        self.num_actions = int(parts[0].n)
+        self.shared = isinstance(parts[1], gym.spaces.Box)
+        self.boxes = [parts[1]] * self.num_actions if self.shared else list(getattr(parts[1], "spaces", ()))
+        if len(self.boxes) != self.num_actions or not all(isinstance(box, gym.spaces.Box) for box in self.boxes):
+            raise ValueError(f"{expected}, with one Box for each of the {self.num_actions} actions, got {parts[1]}")
+        for k, box in enumerate(self.boxes):
+            if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+                raise ValueError(f"bounded parameters expected, but action {k} has {box}; wrap it with finite bounds")
+        self.parameter_dims = [int(np.prod(box.shape)) for box in self.boxes]
+        self.parameter_dim = max(self.parameter_dims)
+        if self.parameter_dim == 0:
+            raise ValueError("no action has a parameter: this is a discrete problem; try a DQN")
+        self.mask = np.zeros((self.num_actions, self.parameter_dim), np.float32)
+        for k, size in enumerate(self.parameter_dims):
+            self.mask[k, :size] = 1.0
+        self.low = [box.low.astype(np.float64).reshape(-1) for box in self.boxes]
+        self.high = [box.high.astype(np.float64).reshape(-1) for box in self.boxes]
+        self.middle = tuple(((box.low + box.high) / 2).astype(box.dtype) for box in self.boxes)
+
+    def to_environment(self, k: int, x: np.ndarray) -> tuple[int, Any]:
+        """The environment's own form of action `k` with parameters `x` (P,) in [-1, 1]."""
+        box, low, high = self.boxes[k], self.low[k], self.high[k]
+        scaled = low + (high - low) * (x[: self.parameter_dims[k]].astype(np.float64) + 1.0) / 2.0
+        parameters = np.clip(scaled, low, high).astype(box.dtype).reshape(box.shape)
+        k_environment = k + int(self.space.spaces[0].start)
+        if self.shared:
+            return k_environment, parameters
+        return k_environment, self.middle[:k] + (parameters,) + self.middle[k + 1 :]  # the others are not read
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """Make the environment. Raises ValueError with one line, if it is unknown or its spaces do not fit."""
+    try:
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; ids look like Platform-v0 or package:Name-v0"
+        raise ValueError(f"unknown environment {env_id} ({str(error).splitlines()[0].rstrip('.')}){hint}") from None
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        raise ValueError(
+            f"a Box observation expected, {env_id} has {type(env.observation_space).__name__}; "
+            "try gymnasium.wrappers.FlattenObservation in your own environment id"
+        )
+    HybridActionSpace(env.action_space)
+    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+class HybridActionVAE(nn.Module):
+    """The hybrid action representation: an embedding table and a conditional VAE (section 3.1, figure 2).
+
+    Sizes: S observation, K discrete actions, P parameters, d1 embedding, d2 latent. Beside the weights it holds the
+    latent range of section 3.3, in which a policy's z in [-1, 1] is read, and its own mean state-change error.
+    """
+
+    def __init__(
+        self, observation_dim: int, num_actions: int, parameter_dim: int, embedding_dim: int, latent_dim: int, kind: str
+    ) -> None:
+        """`kind` is "learned" (a table K x d1, trained by this VAE's loss) or "one-hot" (fixed, d1 = K)."""
+        super().__init__()
+        self.kind, hidden = kind, 256
+        if kind == "one-hot":
+            self.register_buffer("embedding_table", torch.eye(num_actions))
+        else:
+            self.embedding_table = nn.Parameter(torch.empty(num_actions, embedding_dim).uniform_(-1.0, 1.0))
+        self.encoder_condition = nn.Linear(observation_dim + embedding_dim, hidden)
+        self.encoder_parameters = nn.Linear(parameter_dim, hidden)
+        self.encoder_hidden = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
+        )
+        self.encoder_heads = nn.Linear(hidden, 2 * latent_dim)  # mean and log standard deviation
+        self.decoder_condition = nn.Linear(observation_dim + embedding_dim, hidden)
+        self.decoder_latent = nn.Linear(latent_dim, hidden)
+        self.decoder_hidden = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
+        )
+        self.parameter_head = nn.Linear(hidden, parameter_dim)
+        self.state_head = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, observation_dim)
+        )  # cascaded after the decoder's trunk (equation 5)
+        self.register_buffer("latent_low", -torch.ones(latent_dim))
+        self.register_buffer("latent_high", torch.ones(latent_dim))
+        self.register_buffer("state_error", torch.zeros(()))  # mean squared error of the predicted state change
+        self.register_buffer("latent_information", torch.zeros(latent_dim))  # KL of each dimension in nats
+
+    def discrete_embedding(self) -> Tensor:
+        """The embeddings (K, d1) of all discrete actions, in [-1, 1] as the policy's output."""
+        return self.embedding_table if self.kind == "one-hot" else torch.tanh(self.embedding_table)
+
+    def encode(self, observation: Tensor, embedding: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, d2) of the latent, from (B, S), (B, d1), (B, P)."""
+        condition = F.relu(self.encoder_condition(torch.cat((observation, embedding), 1)))
+        hidden = self.encoder_hidden(condition * F.relu(self.encoder_parameters(x)))
+        mean, log_std = self.encoder_heads(hidden).chunk(2, 1)
+        return mean, log_std.clamp(-4.0, 15.0).exp()
+
+    def decode(self, observation: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        """The decoder's trunk (B, 256), from (B, S), (B, d1), (B, d2), which both heads read."""
+        condition = F.relu(self.decoder_condition(torch.cat((observation, embedding), 1)))
+        return self.decoder_hidden(condition * F.relu(self.decoder_latent(latent)))
+
+    def forward(
+        self, observation: Tensor, k: Tensor, x: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reconstructed parameters (B, P) in (-1, 1), predicted state change (B, S), mean and std (B, d2).
+
+        `k` (B,) are action indices, `noise` (B, d2) standard normal, drawn here if it is not given.
+        """
+        embedding = self.discrete_embedding()[k]
+        mean, std = self.encode(observation, embedding, x)
+        latent = mean + std * (torch.randn_like(std) if noise is None else noise)
+        hidden = self.decode(observation, embedding, latent)
+        return torch.tanh(self.parameter_head(hidden)), torch.tanh(self.state_head(hidden)), mean, std
+
+    def select_discrete_action(self, embedding: Tensor) -> Tensor:
+        """The action (B,) whose embedding is nearest (L2) to the policy's (B, d1) (equation 4)."""
+        table = self.discrete_embedding()
+        return (table.square().sum(1) - 2.0 * embedding @ table.T).argmin(1)
+
+    def select_parameter_action(self, observation: Tensor, k: Tensor, z: Tensor) -> Tensor:
+        """Parameters (B, P) in (-1, 1) of action `k` for the policy's `z` (B, d2) in [-1, 1]."""
+        hidden = self.decode(observation, self.discrete_embedding()[k], self.to_latent(z))
+        return torch.tanh(self.parameter_head(hidden))
+
+    def select_delta_state(self, observation: Tensor, k: Tensor, z: Tensor) -> Tensor:
+        """Predicted change (B, S) of the scaled observation for action `k` and the policy's `z` in [-1, 1]."""
+        return torch.tanh(self.state_head(self.decode(observation, self.discrete_embedding()[k], self.to_latent(z))))
+
+    def to_latent(self, z: Tensor) -> Tensor:
+        """From the policy's [-1, 1] to the latent range (latent space constraint, section 3.3)."""
+        return torch.lerp(self.latent_low, self.latent_high, (z + 1.0) / 2.0)
+
+    def to_policy(self, latent: Tensor) -> Tensor:
+        """The inverse of `to_latent`, clamped to [-1, 1]."""
+        width = (self.latent_high - self.latent_low).clamp_min(1e-6)
+        return (2.0 * (latent - self.latent_low) / width - 1.0).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def latent_range(self, observation: Tensor, k: Tensor, x: Tensor, delta: Tensor, tail: float) -> None:
+        """Set the latent range to the central `1 - 2 tail` of sampled latents, and `state_error`, from these rows."""
+        parts = []
+        for part in zip(*(value.split(500) for value in (observation, k, x, delta)), strict=True):  # fits the cache
+            part_observation, embedding = part[0], self.discrete_embedding()[part[1]]
+            mean, std = self.encode(part_observation, embedding, part[2])
+            latent = mean + std * torch.randn_like(std)
+            predicted = torch.tanh(self.state_head(self.decode(part_observation, embedding, latent)))
+            kl = 0.5 * (mean.square() + std.square() - 1.0) - std.log()
+            parts.append((latent, (predicted - part[3]).square().mean(1), kl))
+        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
+        border = min(int(tail * len(latent)), (len(latent) - 1) // 2)
+        ordered = latent.sort(0).values
+        self.latent_low.copy_(ordered[border])
+        self.latent_high.copy_(ordered[-border - 1])
+        self.state_error.copy_(error.mean())
+        self.latent_information.copy_(kl.mean(0))
+
+
+class Actor(nn.Module):
+    """The policy (B, S) -> (B, d1 + d2) in (-1, 1): an embedding and a z (section 4, figure 3)."""
+
+    def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
+        """Two hidden layers of 256; both heads of the original are one layer here."""
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(observation_dim, 256), nn.ReLU(True), nn.Linear(256, 256), nn.ReLU(True),
+            nn.Linear(256, latent_action_dim), nn.Tanh(),
+        )  # fmt: skip
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """The latent action of each observation."""
+        return self.network(observation)
+
+
+class TwinCritic(nn.Module):
+    """Two Q functions of (observation, latent action) in one pass: twice as wide, block-diagonal in the middle."""
+
+    def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
+        """Each twin is drawn as three `nn.Linear` draw theirs; inputs -> 256 -> 256 -> 1."""
+        super().__init__()
+        inputs = observation_dim + latent_action_dim
+        twins = [[nn.Linear(*size) for size in ((inputs, 256), (256, 256), (256, 1))] for _ in range(2)]
+        first, middle, last = ([twin[i] for twin in twins] for i in range(3))
+        self.weight1 = nn.Parameter(torch.cat([layer.weight.detach().T for layer in first], 1))  # (inputs, 2 * 256)
+        self.bias1 = nn.Parameter(torch.cat([layer.bias.detach() for layer in first]))
+        self.weight2 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in middle]))  # (2, 256, 256)
+        self.bias2 = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in middle]))
+        self.weight3 = nn.Parameter(torch.stack([layer.weight.detach() for layer in last]))  # (2, 1, 256)
+        self.bias3 = nn.Parameter(torch.stack([layer.bias.detach() for layer in last]))
+
+    def forward(self, observation: Tensor, latent_action: Tensor) -> Tensor:
+        """Both values (2, B)."""
+        hidden = torch.addmm(self.bias1, torch.cat((observation, latent_action), 1), self.weight1).relu_()
+        hidden = torch.baddbmm(self.bias2, hidden.view(-1, 2, 256).transpose(0, 1), self.weight2).relu_()
+        return (hidden * self.weight3).sum(2) + self.bias3
+
+    def first(self, observation: Tensor, latent_action: Tensor) -> Tensor:
+        """The first value alone (B,), which the actor climbs."""
+        inputs = torch.cat((observation, latent_action), 1)
+        hidden = torch.addmm(self.bias1[:256], inputs, self.weight1[:, :256]).relu_()
+        hidden = torch.addmm(self.bias2[0], hidden, self.weight2[0]).relu_()
+        return hidden @ self.weight3[0, 0] + self.bias3[0]
+
+
+# Replay buffer -------------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """Transitions: (B, S), (B, d1 + d2), (B, P), (B,) int64, (B, S), (B,), (B,) float 0 or 1."""
+
+    observation: Tensor
+    latent_action: Tensor
+    x: Tensor
+    k: Tensor
+    next_observation: Tensor
+    reward: Tensor
+    terminated: Tensor
+
+
+class ReplayBuffer:
+    """All transitions of a run in order, one float32 row each, so that a batch is one gather.
+
+    The random phase's rows come first; the VAE samples from all rows, the critics from the newest of the others.
+    """
+
+    def __init__(self, capacity: int, observation_dim: int, latent_action_dim: int, parameter_dim: int) -> None:
+        """`capacity` in transitions: those of the random phase and all that the run will add."""
+        self.widths = [observation_dim, latent_action_dim, parameter_dim, 1, observation_dim, 1, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths))
+        self.fields = [part.numpy() for part in self.rows.split(self.widths, 1)]  # views of the same memory
+        self.size = 0
+        self.random_size = 0
+
+    def add(self, *values: Any) -> None:
+        """Append one transition, its values in the order of `Batch`."""
+        for column, value in zip(self.fields, values, strict=True):
+            column[self.size] = value
+        self.size += 1
+
+    def sample(self, low: int, batch_size: int, device: torch.device) -> Batch:
+        """Rows drawn uniformly from the `low`-th to the newest, with replacement."""
+        rows = self.rows[torch.randint(low, self.size, (batch_size,))].to(device)
+        observation, latent_action, x, k, next_observation, reward, terminated = rows.split(self.widths, 1)
+        return Batch(
+            observation, latent_action, x, k[:, 0].long(), next_observation, reward[:, 0], terminated[:, 0]
+        )  # fmt: skip
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+class HyARTD3:
+    """Networks, optimizers and the four updates; an update takes a batch, does one step, returns detached tensors."""
+
+    def __init__(self, args: Args, env: gym.Env, device: torch.device) -> None:
+        """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `resolve`)."""
+        self.args, self.device = args, device
+        self.actions = HybridActionSpace(env.action_space)
+        space = env.observation_space
+        self.observation_dim = int(np.prod(space.shape))
+        self.embedding_dim = args.discrete_latent_dim
+        self.latent_dim = args.parameter_latent_dim
+        self.latent_action_dim = self.embedding_dim + self.latent_dim
+        # The scaling to [-1, 1]; `fit_observation_scale` replaces what is unbounded, e.g. +-inf or float32's limits.
+        low, high = (bound.astype(np.float64).reshape(-1) for bound in (space.low, space.high))
+        self.unbounded = (low < -1e6) | (high > 1e6) | (low == high)
+        self.center = np.where(self.unbounded, 0.0, (low + high) / 2).astype(np.float32)
+        self.scale = np.where(self.unbounded, 1.0, (high - low) / 2).astype(np.float32)
+        self.mask = torch.from_numpy(self.actions.mask).to(device)
+
+        sizes = self.observation_dim, self.latent_action_dim
+        self.actor = Actor(*sizes).to(device)
+        self.critic = TwinCritic(*sizes).to(device)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critic).requires_grad_(False)
+        self.vae = HybridActionVAE(
+            self.observation_dim, self.actions.num_actions, self.actions.parameter_dim,
+            self.embedding_dim, self.latent_dim, args.discrete_embedding,
+        ).to(device)  # fmt: skip
+        self.initial_embedding = self.vae.discrete_embedding().detach().clone()
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
+        self.vae_optimizer = torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True)
+        self.online = [*self.actor.parameters(), *self.critic.parameters()]
+        self.targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
+
+    def fit_observation_scale(self, observations: np.ndarray) -> None:
+        """Normalise unbounded dimensions by the mean and deviation of these observations (N, S), for good."""
+        mean, std = observations.mean(0), observations.std(0) + 1e-6
+        self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
+        self.scale = np.where(self.unbounded, std, self.scale).astype(np.float32)
+
+    def scale_observation(self, observation: np.ndarray) -> np.ndarray:
+        """Observations (..., S) of the environment as the networks see them, float32."""
+        return (observation.astype(np.float32) - self.center) / self.scale
+
+    @torch.no_grad()
+    def act(self, observation: np.ndarray, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P), on the CPU.
+
+        `observation` (N, S) is scaled; `noise` is the standard deviation of the exploration noise.
+        """
+        state = torch.from_numpy(observation).to(self.device)
+        latent_action = self.actor(state)
+        if noise > 0.0:
+            latent_action = (latent_action + noise * torch.randn_like(latent_action)).clamp_(-1.0, 1.0)
+        k = self.vae.select_discrete_action(latent_action[:, : self.embedding_dim])
+        x = self.vae.select_parameter_action(state, k, latent_action[:, self.embedding_dim :]) * self.mask[k]
+        return latent_action.cpu(), k.cpu(), x.cpu()
+
+    def update_vae(self, batch: Batch, progress: float = 0.0, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """One step on equation 6: parameters, state change and KL. `progress` in [0, 1] drives the annealing."""
+        args, vae = self.args, self.vae
+        x, delta, mean, std = vae(batch.observation, batch.k, batch.x, noise)
+        parameter_loss = F.mse_loss(x, batch.x)
+        state_loss = F.mse_loss(delta, batch.next_observation - batch.observation)
+        kl = (0.5 * (mean.square() + std.square() - 1.0) - std.log()).mean()
+        loss = args.parameter_weight * parameter_loss + args.state_weight * state_loss + args.kl_weight * kl
+        if args.rebuild_vae_optimizer:
+            self.vae_optimizer = torch.optim.Adam(vae.parameters(), lr=args.vae_learning_rate, fused=True)
+        for group in self.vae_optimizer.param_groups:  # a new rate never costs the optimizer its moments
+            group["lr"] = args.vae_learning_rate * (1.0 - progress * args.anneal_vae_learning_rate)
+        self.vae_optimizer.zero_grad()
+        loss.backward()
+        self.vae_optimizer.step()
+        losses = {"vae": loss, "vae_parameter": parameter_loss, "vae_state": state_loss, "vae_kl": kl}
+        return {name: value.detach() for name, value in losses.items()}
+
+    def update_latent_range(self, batch: Batch) -> None:
+        """Recompute the latent range from these rows (latent space constraint, section 3.3)."""
+        delta = batch.next_observation - batch.observation
+        self.vae.latent_range(batch.observation, batch.k, batch.x, delta, self.args.latent_range_tail)
+
+    @torch.no_grad()
+    def relabel(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latent actions (B, d1 + d2) that the current VAE decodes into what was done (section 3.3).
+
+        `noise` (B, d1 + d2) is standard normal. Only the rows in need of it are encoded.
+        """
+        args, vae = self.args, self.vae
+        embedding, z = batch.latent_action.split((self.embedding_dim, self.latent_dim), 1)
+        embedding_noise, latent_noise = noise.split((self.embedding_dim, self.latent_dim), 1)
+        own = vae.discrete_embedding()[batch.k]
+        stale = vae.select_discrete_action(embedding) != batch.k
+        jitter = (args.policy_noise * embedding_noise).clamp_(-args.noise_clip, args.noise_clip)
+        embedding = torch.where(stale[:, None], (own + jitter).clamp_(-1.0, 1.0), embedding)
+
+        delta = batch.next_observation - batch.observation
+        error = (vae.select_delta_state(batch.observation, batch.k, z) - delta).square_().mean(1)
+        invalid = error >= args.relabel_threshold * vae.state_error
+        rows = invalid.nonzero()[:, 0]
+        mean, std = vae.encode(batch.observation[rows], own[rows], batch.x[rows])
+        z = z.index_copy(0, rows, vae.to_policy(mean + std * latent_noise[rows]))
+        kept = {"kept_embedding": 1.0 - stale.float().mean(), "kept_latent": 1.0 - invalid.float().mean()}
+        return torch.cat((embedding, z), 1), kept
+
+    @torch.no_grad()
+    def critic_target(self, batch: Batch, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Relabelled latent actions (B, d1 + d2), the targets (B,) of clipped double Q-learning (equation 7), metrics.
+
+        `noise` (B, 2 (d1 + d2)) is standard normal: half for relabelling, half for the target policy's smoothing.
+        """
+        args = self.args
+        if noise is None:
+            noise = torch.randn(len(batch.reward), 2 * self.latent_action_dim, device=self.device)
+        relabel_noise, smoothing = noise.chunk(2, 1)
+        latent_action, kept = self.relabel(batch, relabel_noise) if args.relabel else (batch.latent_action, {})
+        smoothing = (args.policy_noise * smoothing).clamp_(-args.noise_clip, args.noise_clip)
+        next_action = (self.target_actor(batch.next_observation) + smoothing).clamp_(-1.0, 1.0)
+        next_value = self.target_critics(batch.next_observation, next_action).amin(0)
+        return latent_action, batch.reward + args.gamma * (1.0 - batch.terminated) * next_value, kept
+
+    def update_critic(self, observation: Tensor, latent_action: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """One step of both critics towards `target` (B,)."""
+        values = self.critic(observation, latent_action)
+        loss = (values - target).square().mean(1).sum()
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"critic": loss.detach(), "q_value": values.detach().mean()}
+
+    def update_actor(self, observation: Tensor) -> dict[str, Tensor]:
+        """One step up the first critic with inverted gradients, then the targets follow.
+
+        The gradient towards a bound shrinks with the room that is left (Hausknecht and Stone, 2016).
+        """
+        action = self.actor(observation)
+        leaf = action.detach().requires_grad_()
+        value = self.critic.first(observation, leaf).mean()
+        (gradient,) = torch.autograd.grad(value, leaf)
+        leaf = leaf.detach()
+        inverted = gradient * torch.where(gradient > 0.0, 1.0 - leaf, 1.0 + leaf) / 2.0
+        self.actor_optimizer.zero_grad()
+        action.backward(-inverted)
+        norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 10.0)
+        self.actor_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+        return {"actor": -value.detach(), "actor_gradient_norm": norm.detach()}
+
+    def update(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """`policy_frequency` critic updates on the parts of one large batch, then one actor update on the last part.
+
+        The targets and the VAE stand still in between, so one pass gives the targets of all parts.
+        """
+        latent_action, target, losses = self.critic_target(batch, noise)
+        parts = [value.chunk(self.args.policy_frequency) for value in (batch.observation, latent_action, target)]
+        for observation, latent_action, target in zip(*parts, strict=True):
+            losses |= self.update_critic(observation, latent_action, target)
+        return losses | self.update_actor(observation)
+
+    def statistics(self) -> dict[str, float]:
+        """How far the embedding has moved, and how many latent dimensions carry more than 0.01 nats."""
+        moved = (self.vae.discrete_embedding().detach() - self.initial_embedding).abs().max()
+        return {
+            "charts/embedding_moved": float(moved),
+            "charts/latent_dimensions_in_use": float((self.vae.latent_information > 0.01).sum()),
+            "charts/latent_range": float((self.vae.latent_high - self.vae.latent_low).mean()),
+            "charts/state_error": float(self.vae.state_error),
+        }
+
+    def row_sizes(self) -> tuple[int, int, int]:
+        """Sizes of an observation, a latent action and the padded parameters in the replay buffer."""
+        return self.observation_dim, self.latent_action_dim, self.actions.parameter_dim
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks by name."""
+        names = "actor", "critic", "target_actor", "target_critics", "vae"
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
+        names = "actor_optimizer", "critic_optimizer", "vae_optimizer"
+        return {
+            **{name: module.state_dict() for name, module in self.modules().items()},
+            **{name: getattr(self, name).state_dict() for name in names},
+            "initial_embedding": self.initial_embedding,
+            "center": torch.from_numpy(self.center),
+            "scale": torch.from_numpy(self.scale),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
+        for name, part in state.items():
+            if name in ("center", "scale"):
+                setattr(self, name, part.cpu().numpy())
+            elif name == "initial_embedding":
+                self.initial_embedding = part
+            else:
+                getattr(self, name).load_state_dict(part)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int) -> dict[str, float]:
+    """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
+
+    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
+    `episodic_return` (mean), `return_std`, `episodic_length` and `success_rate` (nan, if infos hold no `is_success`).
+    """
+    count = len(environments)
+    returns, lengths, successes = np.zeros(count), np.zeros(count), np.full(count, np.nan)
+    observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
+    active = list(range(count))
+    while active:
+        _, ks, xs = agent.act(agent.scale_observation(np.stack([observations[i] for i in active])))
+        running = []
+        for i, k, x in zip(active, ks.tolist(), xs.numpy(), strict=True):
+            action = agent.actions.to_environment(k, x)
+            observations[i], reward, terminated, truncated, info = environments[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated:
+                successes[i] = info.get("is_success", np.nan)
+            else:
+                running.append(i)
+        active = running
+    return {
+        "episodic_return": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "episodic_length": float(lengths.mean()),
+        "success_rate": float(successes.mean()),
+    }
+
+
+def record_videos(agent: HyARTD3, args: Args, folder: Path, step: int, episodes: int = 3) -> list[Path]:
+    """Write mp4 videos of the first evaluation episodes and return their paths."""
+    env = gym.wrappers.RecordVideo(
+        make_env(args.env_id, render_mode="rgb_array"),
+        str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}", disable_logger=True,
+    )  # fmt: skip
+    for i in range(episodes):
+        observation, done = env.reset(seed=episode_seed(args.seed, i, stream=1))[0], False
+        while not done:
+            _, k, x = agent.act(agent.scale_observation(observation)[None])
+            observation, _, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x[0].numpy()))
+            done = terminated or truncated
+    env.close()
+    return sorted((folder / "videos").glob(f"step{step}-*.mp4"))
+
+
+# --- run folder, logging, checkpoints: the same text in every script ---
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2; called before anything is created."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def episode_seed(seed: int, index: int, stream: int = 0) -> int:
+    """The reset seed of one episode: a pure function, so that each can be replayed alone (stream 1: evaluation)."""
+    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """The run folder, everything that is written into it, and the signals that end a run."""
+
+    def __init__(self, args: Args) -> None:
+        """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
+        if args.resume and not args.run_name:
+            usage_error("--resume needs the --run-name of the run to continue")
+        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.name = name.replace("/", "-").replace(":", "-")
+        self.folder = Path(args.runs_dir) / self.name
+        self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
+        self.eval_rows: list[dict[str, float]] = []
+        self.signal, self.wandb, self.checkpoint = 0, None, None
+        if self.folder.exists() and not args.resume:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        if args.resume and self.folder.exists():
+            self.load_checkpoint()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
+        if self.checkpoint is None:
+            commit = subprocess.run(
+                f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD", shell=True, capture_output=True, text=True
+            )
+            about = {
+                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
+                "commit": commit.stdout.strip() or None, "python": sys.version.split()[0],
+                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+            }  # fmt: skip
+            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+            shutil.copy(__file__, self.folder / Path(__file__).name)
+        step = self.checkpoint["step"] if self.checkpoint else 0
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        if args.track:
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+            )  # fmt: skip
+            wandb.define_metric("*", step_metric="global_step")
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self.started = self.shown = self.window_time = time.monotonic()
+        self.window_step = step
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Remember the signal; the loop saves and stops after its current step."""
+        self.signal = number
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({**metrics, "global_step": step})
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.eval_rows.append({"step": step, **metrics})
+        self.write_evaluations()
+
+    def write_evaluations(self) -> None:
+        """Write all evaluations so far to `eval.csv`."""
+        text = io.StringIO()
+        if self.eval_rows:
+            writer = csv.DictWriter(text, list(self.eval_rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.eval_rows)
+        write_atomically(self.folder / "eval.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def log_figure(self, step: int, name: str, figure: Any) -> None:
+        """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
+        path = self.folder / f"{name}.png"
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        figure.clear()
+        image = np.asarray(PIL.Image.open(path).convert("RGB"))
+        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        if self.wandb:
+            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+
+    def log_videos(self, step: int, paths: list[Path]) -> None:
+        """Show videos that lie in the run folder in wandb too."""
+        if self.wandb and paths:
+            videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
+            self.wandb.log({"videos/evaluation": videos, "global_step": step})
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                print(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}", flush=True)
+
+    def steps_per_second(self, step: int) -> float:
+        """Environment steps per second since the last call."""
+        now, before, self.window_time = time.monotonic(), self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(now - before, 1e-9)
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
+        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        own = {
+            "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
+            "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }  # fmt: skip
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save({**own, **state}, file))
+
+    def load_checkpoint(self) -> None:
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        try:
+            if path.exists():
+                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                script, arguments = self.checkpoint["script"], json.loads(self.checkpoint["arguments"])
+                self.eval_rows = self.checkpoint["eval_rows"]
+            elif about.exists():
+                recorded = json.loads(about.read_text())
+                script, arguments = recorded["script"], recorded["arguments"]
+            else:
+                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
+        except Exception as error:  # a damaged file raises nearly anything
+            damaged, reason = path if path.exists() else about, type(error).__name__
+            usage_error(f"{damaged} is damaged ({reason}); restore a copy, or start again with another --run-name")
+        if script != Path(__file__).stem:
+            usage_error(f"{self.folder} is a run of {script}.py, not of {Path(__file__).name}; choose another --run-name")
+        changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
+        if changed:
+            listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
+            usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
+        if self.checkpoint and self.checkpoint["finished"]:
+            print(f"{self.folder} is finished")
+            raise SystemExit(0)
+
+    def restore_random_state(self) -> None:
+        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
+        torch.set_rng_state(self.checkpoint["torch_rng"])
+        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        self.write_evaluations()
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with one line and status 1; the last checkpoint stays as it is."""
+        path = self.folder / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        self.close()
+        print(f"error: {message}; {last}", file=sys.stderr)
+        raise SystemExit(1)
+
+    def stop(self) -> NoReturn:
+        """End the run after a signal, with the status that a shell gives it (143 or 130)."""
+        self.close()
+        print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def close(self) -> None:
+        """Close the bar and the loggers and give the signals back."""
+        self.bar.close()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# --- end of the common block ---
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
+    figure = Figure(figsize=(3.6 * columns + 0.6, 3.0 * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+@torch.no_grad()
+def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Figure]:
+    """Four pictures of the latent action space in one state: `observation` (S,) is scaled.
+
+    The map of decoded parameters over the two most informative latent dimensions, an interpolation between two latent
+    actions, alternatives sampled from the prior and around one z. Own random generator; at most 6 actions are shown.
+    """
+    vae, device, dims = agent.vae, agent.device, agent.actions.parameter_dims
+    generator = torch.Generator().manual_seed(0)
+    shown = [k for k in range(agent.actions.num_actions) if dims[k] > 0][:6]
+    panels = [(k, p) for k in shown for p in range(dims[k])]
+    first, second = (vae.latent_information.cpu().argsort(descending=True)[:2].tolist() * 2)[:2]
+
+    def decode(k: Tensor, z: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters (N, P) and state changes (N, S) of actions k (N,) with the policy's z (N, d2)."""
+        states = torch.from_numpy(observation).expand(len(z), -1).to(device)
+        k, z = k.to(device), z.to(device)
+        return vae.select_parameter_action(states, k, z).cpu().numpy(), vae.select_delta_state(states, k, z).cpu().numpy()
+
+    figures = {}
+    grid = torch.linspace(-1, 1, 41)
+    z = torch.zeros(41 * 41, agent.latent_dim)
+    z[:, second], z[:, first] = grid.repeat_interleave(41), grid.repeat(41)
+    figure, axes = new_figure(1, len(panels), "Latent action map: decoded parameter, other dimensions of z at 0")
+    for axis, (k, p) in zip(axes[0], panels, strict=True):
+        parameters, _ = decode(torch.full((len(z),), k), z)
+        image = axis.imshow(
+            parameters[:, p].reshape(41, 41), origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1, cmap="coolwarm"
+        )
+        axis.set(title=f"action {k}, parameter {p}", xlabel=f"z[{first}]", ylabel=f"z[{second}]")
+    figure.colorbar(image, ax=axes, label="parameter in [-1, 1]")
+    figures["latent_action_map"] = figure
+
+    table, share = vae.discrete_embedding().cpu(), torch.linspace(0, 1, 101)[:, None]
+    start, end = torch.full((agent.latent_dim,), -1.0), torch.full((agent.latent_dim,), 1.0)
+    path = torch.lerp(torch.cat((table[shown[0]], start)), torch.cat((table[shown[-1]], end)), share)
+    k = vae.select_discrete_action(path[:, : agent.embedding_dim].to(device)).cpu()
+    parameters, change = decode(k, path[:, agent.embedding_dim :])
+    figure, axes = new_figure(1, 3, f"From action {shown[0]}, z = -1 to action {shown[-1]}, z = 1")
+    axes[0, 0].plot(share, k, drawstyle="steps-mid")
+    axes[0, 0].set(title="decoded discrete action", xlabel="share of the way", yticks=sorted(set(k.tolist())))
+    axes[0, 1].plot(share, parameters, label=[f"parameter {p}" for p in range(parameters.shape[1])])
+    axes[0, 1].set(title="decoded parameters", xlabel="share of the way", ylim=(-1.05, 1.05))
+    largest = np.argsort(-np.ptp(change, axis=0))[:5]
+    axes[0, 2].plot(share, change[:, largest], label=[f"observation {i}" for i in largest])
+    axes[0, 2].set(title="predicted state change (scaled)", xlabel="share of the way")
+    for axis in axes[0, 1:]:
+        axis.legend(fontsize=8)
+    figures["latent_interpolation"] = figure
+
+    figure, axes = new_figure(1, len(panels), "Alternatives: parameters decoded from the prior and around the policy's z")
+    latent_action, _, _ = agent.act(observation[None])
+    around = latent_action[0, agent.embedding_dim :] + 0.1 * torch.randn(500, agent.latent_dim, generator=generator)
+    prior = vae.to_policy(torch.randn(500, agent.latent_dim, generator=generator).to(device)).cpu()
+    for axis, (k, p) in zip(axes[0], panels, strict=True):
+        for name, samples in (("prior", prior), ("around z", around.clamp(-1, 1))):
+            axis.hist(decode(torch.full((500,), k), samples)[0][:, p], np.linspace(-1, 1, 41), alpha=0.6, label=name)
+        axis.set(title=f"action {k}, parameter {p}", xlabel="parameter in [-1, 1]", ylabel="samples of 500")
+    axes[0, 0].legend(fontsize=8)
+    figures["latent_alternatives"] = figure
+    return figures
+
+
+def draw_embedding(history: list[Tensor]) -> Figure:
+    """The embedding table (K, d1) in its two main directions, and each action's path since the start."""
+    tables = torch.stack([*history]).double()
+    flat = tables.reshape(-1, tables.shape[-1])
+    _, _, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    paths = ((tables - flat.mean(0)) @ directions[:2].T).numpy()  # (evaluations, K, 2)
+    figure, axes = new_figure(1, 1, "Embedding of the discrete actions (two main directions)")
+    for k in range(min(paths.shape[1], 64)):
+        axes[0, 0].plot(paths[:, k, 0], paths[:, k, -1], color=f"C{k % 10}", linewidth=1)
+        axes[0, 0].scatter(*paths[-1, k, [0, -1]], color=f"C{k % 10}", s=30)
+        axes[0, 0].annotate(f"action {k}", paths[-1, k, [0, -1]], textcoords="offset points", xytext=(6, 4))
+    axes[0, 0].set(xlabel="first direction", ylabel="second direction")
+    axes[0, 0].margins(0.25)
+    return figure
+
+
+def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
+    """Evaluation return, and success rate where there is one, over environment steps."""
+    success = not math.isnan(rows[-1]["success_rate"])
+    figure, axes = new_figure(1, 1 + success, title)
+    steps = [row["step"] for row in rows]
+    for axis, name in zip(axes[0], ("episodic_return", "success_rate"), strict=False):
+        axis.plot(steps, [row[name] for row in rows], marker=".")
+        axis.set(xlabel="environment steps", ylabel=f"evaluation {name.replace('_', ' ')}")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+def resolve(args: Args, env: gym.Env) -> Args:
+    """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
+    own = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else ""
+    for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.discrete_embedding == "one-hot":
+        args.discrete_latent_dim = HybridActionSpace(env.action_space).num_actions
+    zero_allowed = {
+        "seed", "tau", "policy_noise", "noise_clip", "exploration_noise", "exploration_noise_start", "vae_pretrain_steps",
+        "vae_update_start", "parameter_weight", "state_weight", "kl_weight", "latent_range_tail", "relabel_threshold",
+    }  # fmt: skip
+    for name, value in asdict(args).items():
+        if not isinstance(value, bool) and isinstance(value, int | float):
+            flag = "--" + name.replace("_", "-")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_allowed):
+                least = "0 or more" if name in zero_allowed else "more than 0"
+                raise ValueError(f"{flag} {value}: a number of {least} expected")
+    for name, limit in (("gamma", 1.0), ("tau", 1.0), ("latent_range_tail", 0.49)):
+        if getattr(args, name) > limit:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
+    if args.total_timesteps < args.learning_starts:
+        raise ValueError(
+            f"--total-timesteps {args.total_timesteps} is below --learning-starts {args.learning_starts}: "
+            "nothing would be learnt; raise the first or lower the second"
+        )
+    return args
+
+
+def check_finite(run: Run, reward: float, observation: np.ndarray, step: int, args: Args, episode: int) -> None:
+    """End the run at a reward or observation that is not finite, before it reaches the buffer or a checkpoint."""
+    if not (math.isfinite(reward) and np.isfinite(observation).all()):
+        what = f"observation {observation}" if math.isfinite(reward) else f"reward {reward}"
+        seed = episode_seed(args.seed, args.random_episodes + episode)
+        run.fail(f"step {step}: {what} is not finite, in the episode with reset seed {seed}")
+
+
+def reset_episode(env: gym.Env, args: Args, episode: int) -> np.ndarray:
+    """The first observation of an episode of the learning phase; those of the random phase have smaller indices."""
+    return env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
+
+
+def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBuffer:
+    """Play uniformly random actions and return a buffer of them, with room for the learning phase.
+
+    Sets the scale of unbounded observations. Steps of this phase are not counted as environment steps, as in the paper.
+    """
+    generator = np.random.default_rng(episode_seed(args.seed, 0, stream=2))
+    actions, transitions = agent.actions, []
+    for episode in range(-args.random_episodes, 0):
+        observation, done = reset_episode(env, args, episode), False
+        while not done:
+            k = int(generator.integers(actions.num_actions))
+            x = generator.uniform(-1.0, 1.0, actions.parameter_dim).astype(np.float32) * actions.mask[k]
+            before = observation
+            observation, reward, terminated, truncated, _ = env.step(actions.to_environment(k, x))
+            check_finite(run, float(reward), observation, 0, args, episode)
+            transitions.append((before, x, k, observation, reward, terminated))
+            done = terminated or truncated
+        run.progress(0, f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}")
+        if run.signal:
+            run.stop()
+    before, x, k, after, reward, terminated = (np.array(column) for column in zip(*transitions, strict=True))
+    agent.fit_observation_scale(before)
+    buffer = ReplayBuffer(len(transitions) + args.total_timesteps, *agent.row_sizes())
+    buffer.size = buffer.random_size = len(transitions)
+    values = agent.scale_observation(before), 0.0, x, k, agent.scale_observation(after), reward, terminated
+    for column, value in zip(buffer.fields, values, strict=True):
+        column[: buffer.size] = value if np.ndim(value) != 1 else value[:, None]
+    return buffer
+
+
+def save_model(agent: HyARTD3, args: Args, path: Path) -> None:
+    """Write the weights alone (and the arguments, from which `HyARTD3` can be built again)."""
+    state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
+    scale = {"center": torch.from_numpy(agent.center), "scale": torch.from_numpy(agent.scale)}
+    content = {**state, **scale, "arguments": json.dumps(asdict(args))}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def main(args: Args) -> Path:
+    """Train one agent and return its run folder."""
+    try:
+        env = make_env(args.env_id)
+        args = resolve(args, env)
+    except ValueError as error:
+        usage_error(str(error))
+    run = Run(args)
+    chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
+    print(f"{run.name}: " + ", ".join(f"{name} {value:,}" for name, value in chosen.items()))
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_num_threads(1)  # these products are too small for two threads
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    agent = HyARTD3(args, env, device)
+    evaluation_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
+    recent_returns: deque[float] = deque(maxlen=100)
+
+    if run.checkpoint is None:
+        buffer = random_phase(agent, env, args, run)
+        for update in range(1, args.vae_pretrain_steps + 1):
+            losses = agent.update_vae(buffer.sample(0, args.vae_batch_size, device))
+            if run.signal:
+                run.stop()
+            if update % 1_000 == 0:
+                run.progress(0, f"VAE pre-training, update {update:,}, loss {losses['vae']:.4f}")
+        agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
+        step = episode = updates_due = 0
+        episode_return, episode_actions, best_return = 0.0, [], -math.inf
+        embedding_history = [agent.initial_embedding, agent.vae.discrete_embedding().detach().clone()]
+        observation = reset_episode(env, args, episode)
+    else:
+        state = run.checkpoint
+        step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
+        episode_return, best_return = state["episode_return"], state["best_return"]
+        episode_actions, embedding_history = state["episode_actions"], state["embedding_history"]
+        recent_returns.extend(state["recent_returns"])
+        agent.load_state_dict(state["agent"])
+        buffer = ReplayBuffer(args.total_timesteps + state["random_size"], *agent.row_sizes())
+        buffer.size, buffer.random_size = len(state["rows"]), state["random_size"]
+        buffer.rows[: buffer.size] = state["rows"]
+        observation = reset_episode(env, args, episode)
+        for k, *x in episode_actions:  # replay the interrupted episode up to here
+            observation = env.step(agent.actions.to_environment(int(k), np.array(x, np.float32)))[0]
+        if not np.array_equal(observation, state["observation"].numpy()):
+            print(f"episode {episode} did not replay to the saved observation: the next one starts here", file=sys.stderr)
+            episode, episode_return, episode_actions = episode + 1, 0.0, []
+            observation = reset_episode(env, args, episode)
+        run.restore_random_state()
+
+    scaled, losses = agent.scale_observation(observation), {}
+    for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
+        decay = min(1.0, episode / args.exploration_noise_episodes)
+        noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
+        latent_action, k, x = (value[0].numpy() for value in agent.act(scaled[None], noise))
+        observation, reward, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x))
+        check_finite(run, float(reward), observation, step, args, episode)
+        previous, scaled = scaled, agent.scale_observation(observation)
+        buffer.add(previous, latent_action, x, k, scaled, reward, terminated)
+        episode_actions.append([float(k), *x.tolist()])
+        episode_return += float(reward)
+
+        if step >= args.learning_starts:
+            # One critic update a step; as in the original, one more at the first step of each episode.
+            updates_due += 2 if len(episode_actions) == 1 else 1
+            while updates_due >= args.policy_frequency:
+                oldest = max(buffer.random_size, buffer.size - args.buffer_size)
+                losses |= agent.update(buffer.sample(oldest, args.policy_frequency * args.batch_size, device))
+                updates_due -= args.policy_frequency
+
+        if terminated or truncated:
+            recent_returns.append(episode_return)
+            episode += 1
+            if episode >= args.vae_update_start and episode % args.vae_update_episodes == 0:
+                batch = buffer.sample(0, args.vae_batch_size, device)
+                losses |= agent.update_vae(batch, step / args.total_timesteps)
+                agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
+            episode_return, episode_actions = 0.0, []
+            observation = reset_episode(env, args, episode)
+            scaled = agent.scale_observation(observation)
+
+        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
+        run.progress(step, f"return {np.mean(recent_returns or [math.nan]):.3f}")
+        if step % 1_000 == 0 or last or run.signal or step % args.checkpoint_frequency == 0:
+            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+            run.log(step, {f"losses/{name}": value for name, value in losses.items()} | agent.statistics())
+            run.log(step, {
+                "charts/episodic_return": np.mean(recent_returns or [math.nan]), "charts/episodes": episode,
+                "charts/SPS": run.steps_per_second(step), "charts/exploration_noise": noise,
+            })  # fmt: skip
+        if evaluating or last:
+            metrics = evaluate(agent, evaluation_envs, args.seed)
+            run.log_evaluation(step, metrics)
+            embedding_history.append(agent.vae.discrete_embedding().detach().clone())
+            if metrics["episodic_return"] > best_return:
+                best_return = metrics["episodic_return"]
+                save_model(agent, args, run.folder / "best_model.pt")
+        if step % args.checkpoint_frequency == 0 or last or run.signal:
+            run.save_checkpoint(step, {
+                "episode": episode, "updates_due": updates_due, "episode_return": episode_return, "best_return": best_return,
+                "episode_actions": episode_actions, "observation": torch.from_numpy(observation.copy()),
+                "embedding_history": embedding_history, "recent_returns": list(recent_returns),
+                "agent": agent.state_dict(), "rows": buffer.rows[: buffer.size], "random_size": buffer.random_size,
+            })  # fmt: skip
+        if run.signal and not last:
+            run.stop()
+
+    save_model(agent, args, run.folder / "model.pt")
+    start = agent.scale_observation(evaluation_envs[0].reset(seed=episode_seed(args.seed, 0, stream=1))[0])
+    figures = draw_latent_actions(agent, start)
+    figures["embedding"] = draw_embedding(embedding_history)
+    figures["learning_curve"] = draw_learning_curve(run.eval_rows, run.name)
+    for name, figure in figures.items():
+        run.log_figure(args.total_timesteps, name, figure)
+    if args.capture_video:
+        run.log_videos(args.total_timesteps, record_videos(agent, args, run.folder, args.total_timesteps))
+    run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
+    run.close()
+    score = np.mean([row["episodic_return"] for row in run.eval_rows[-10:]])
+    print(f"mean return of the last {len(run.eval_rows[-10:])} evaluations: {score:.3f}; run folder: {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
