@@ -8,15 +8,13 @@ no code was copied.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
 
-from envs.hybrid import HybridAction, HybridEnv, read_state
-
-if TYPE_CHECKING:
-    import pygame
+from envs.hybrid import HybridAction, HybridEnv, StepResult, read_state
+from envs.picture import BLUE, GREEN, GREY, INK, RED, Picture
 
 RUN, HOP, LEAP = 0, 1, 2
 PARAMETER_BOUNDS = (((0.0, 30.0),), ((0.0, 720.0),), ((0.0, 430.0),))
@@ -39,15 +37,14 @@ DT = 0.05  # seconds in a sub-step
 RUN_SUBSTEPS = 20
 GRAVITY = 9.8
 # Height that a jump gains, its greatest change of speed and its duration in seconds.
-JUMPS = {
-    jump: (height, 200.0 - height, 2.0 * height / GRAVITY + 1.0)
-    for jump, height in ((HOP, 35.0), (LEAP, 25.0))
-}
+JUMPS = {jump: (height, 200.0 - height, 2.0 * height / GRAVITY + 1.0) for jump, height in ((HOP, 35.0), (LEAP, 25.0))}
 JUMP_NOISE, SPEED_NOISE, ENEMY_NOISE = 1.0, 0.025, 0.025
 MAX_ACCELERATION_X, MAX_ACCELERATION_Y = 600.0, 4000.0
 MAX_SPEED_X, MAX_SPEED_Y, MAX_SPEED_ON_GROUND = 100.0, 200.0, 70.0
 DAMPING = 0.99
 ENEMY_SPEED = 30.0
+
+SKY, EARTH, GRASS = (222, 236, 245), (128, 96, 72), (96, 150, 80)
 
 
 class PlatformEnv(HybridEnv):
@@ -71,8 +68,8 @@ class PlatformEnv(HybridEnv):
     action_names = ("run", "hop", "leap")
 
     def __init__(self, render_mode: str | None = None) -> None:
+        """Make the environment; `render_mode` is `None` or `"rgb_array"`."""
         super().__init__(PARAMETER_BOUNDS, spaces.Box(0.0, 1.0, (9,), np.float32), render_mode)
-        self._start()
 
     def _start(self) -> None:
         self._player = (0.0, PLATFORM_HEIGHT, 0.0, 0.0)  # x, y, vx, vy
@@ -81,13 +78,11 @@ class PlatformEnv(HybridEnv):
         ]
         self._ep_step = 0
 
-    def step(self, action: HybridAction) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: HybridAction) -> StepResult:
         """Carry out an action to its end.
 
-        Returns the observation (9,) float32, reward, terminated, truncated and info.
-
-        Raises:
-            ValueError: if the action is malformed.
+        Returns the observation (9,) float32, reward, terminated, truncated and info. Raises
+        `ValueError` if the action is malformed.
         """
         index, parameters = self._read_action(action)
         x_before = self._player[0]
@@ -99,12 +94,7 @@ class PlatformEnv(HybridEnv):
         self._ep_step += 1
         terminated = dead or success
         truncated = not terminated and self._ep_step >= TIME_LIMIT
-        info: dict[str, Any] = {"substeps": substeps}
-        if terminated or truncated:
-            info["is_success"] = success
-        self._last_action = (index, parameters)
-        self._return += reward
-        return self._observe(), reward, terminated, truncated, info
+        return self._result((index, parameters), reward, terminated, truncated, success, substeps)
 
     def _simulate(self, action: int, parameter: float) -> tuple[bool, int]:
         """Run sub-steps until the action ends: returns whether the player died, and their number.
@@ -114,6 +104,7 @@ class PlatformEnv(HybridEnv):
         one for the enemy's.
         """
         normal = self._normal
+        trail = [] if self.render_mode else None
         x, y, vx, vy = self._player
         enemies = self._enemies
         on_ground = _on_platform(x, y)
@@ -181,11 +172,14 @@ class PlatformEnv(HybridEnv):
                 if abs(x - enemy_x) < WIDTH and abs(y - enemy_y) < HEIGHT:
                     dead = True
             on_ground = _on_platform(x, y)
+            if trail is not None:
+                trail.append((x, y))
             if dead or x >= LEVEL_END:
                 break
             if substeps >= RUN_SUBSTEPS if action == RUN else on_ground:
                 break
         self._player = (x, y, vx, vy)
+        self._trail = trail or []
         return dead, substeps
 
     def _observe(self) -> np.ndarray:
@@ -220,16 +214,40 @@ class PlatformEnv(HybridEnv):
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Go to a physical state that `get_state` returned (`ep_step` is 0 if left out).
 
-        Raises:
-            ValueError: for unknown names or a `state` that isn't ten finite numbers.
+        Raises `ValueError` for unknown names or a `state` that isn't ten finite numbers.
         """
         values, (self._ep_step,) = read_state(state, 10, ("ep_step",))
         x, y, vx, vy, *enemies = values
         self._player = (x, y, vx, vy)
-        self._enemies = [tuple(enemies[:3]), tuple(enemies[3:])]
+        self._enemies = [(*enemies[:3],), (*enemies[3:],)]
+        self._forget()
 
-    def _draw(self) -> pygame.Surface:
-        raise NotImplementedError
+    def _draw(self) -> Picture:
+        picture = Picture((-20.0, -40.0), (1080.0, 158.0), 800 / 1100, SKY)
+        for left, width in PLATFORMS:
+            picture.box((left, -40.0), (left + width, PLATFORM_HEIGHT), EARTH)
+            picture.box((left, PLATFORM_HEIGHT - 6.0), (left + width, PLATFORM_HEIGHT), GRASS)
+        picture.path([(LEVEL_END, PLATFORM_HEIGHT), (LEVEL_END, 110.0)], INK)
+        picture.box((LEVEL_END, 90.0), (LEVEL_END + 32.0, 110.0), GREEN)
+        for x, y, _ in self._enemies:
+            picture.box((x, y), (x + WIDTH, y + HEIGHT), RED)
+            _draw_eyes(picture, x + WIDTH / 2, y)
+        half = WIDTH / 2
+        picture.path([(x + half, y + HEIGHT / 2) for x, y in self._trail], GREY)
+        x, y = self._player[:2]
+        picture.box((x, y), (x + WIDTH, y + HEIGHT), BLUE)
+        _draw_eyes(picture, x + half + 2.0, y)
+        return picture
+
+    def _ending(self) -> str:
+        if self._ep_step >= TIME_LIMIT:
+            return "time is up"
+        return "fell" if self._player[1] < PLATFORM_HEIGHT else "met an enemy"
+
+
+def _draw_eyes(picture: Picture, x: float, y: float) -> None:
+    for side in (-4.0, 4.0):
+        picture.disc((x + side, y + HEIGHT - 9.0), 2.5, (255, 255, 255))
 
 
 def _on_platform(x: float, y: float) -> bool:
