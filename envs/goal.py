@@ -74,7 +74,7 @@ class GoalEnv(HybridEnv):
     same of the keeper, x, y, vx, vy of the ball, the unit vector from keeper to ball, and the y at
     which the line through both meets the goal line. Units are metres and radians. The field is
     [0, 20] x [-15, 15], but bodies may leave it: the observation space's bounds are wider.
-    `scale_low` and `scale_high`, float64 (17,), are the bounds that published agents scale with.
+    `scale_low` and `scale_high` are the bounds that published agents scale with.
 
     Actions: `Tuple(Discrete(3), Tuple(Box(2), Box(1), Box(1)))`. Kick the ball to a point in
     [0, 40] x [-15, 15], until it lies still near the player; shoot-left or shoot-right at height y
@@ -91,13 +91,15 @@ class GoalEnv(HybridEnv):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 4}
     action_names = ("kick to", "shoot left", "shoot right")
     parameter_bounds: ClassVar[tuple[Bounds, ...]] = (KICK_TO_BOUNDS, SHOOT_BOUNDS, SHOOT_BOUNDS)
-    scale_low, scale_high = SCALE_LOW, SCALE_HIGH
 
     def __init__(self, render_mode: str | None = None) -> None:
         """Make the environment; `render_mode` is `None` or `"rgb_array"`."""
         low, high = SPACE_LOW.astype(np.float32), SPACE_HIGH.astype(np.float32)
         space = spaces.Box(low, high, dtype=np.float32)
         super().__init__(self.parameter_bounds, space, render_mode)
+
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        return SCALE_LOW.copy(), SCALE_HIGH.copy()
 
     def _start(self) -> None:
         y = self._uniform(-FIELD_HALF_WIDTH, FIELD_HALF_WIDTH)
@@ -309,7 +311,7 @@ class GoalEnv(HybridEnv):
             for tilt in (-0.4, 0.4):
                 picture.path([(x - 0.4, y - tilt), (x + 0.4, y + tilt)], YELLOW, 3)
         picture.text("player", (self._player[0] - 1.3, self._player[1] - 1.5), WHITE)
-        picture.text("keeper", (self._keeper[0] - 1.3, self._keeper[1] - 1.5), WHITE)
+        picture.text("keeper", (self._keeper[0] - 1.3, self._keeper[1] + 1.5), WHITE)
         return picture
 
     def _ending(self) -> str:

@@ -28,6 +28,10 @@ NOISE_BLOCK = 256
 class HybridEnv(gym.Env[np.ndarray, HybridAction]):
     """Base class of the hybrid-action environments.
 
+    `scale_low` and `scale_high`, float64 of the observation's shape, are the bounds with which
+    published agents scale observations linearly to [-1, 1]. Observations may leave them; they do
+    not leave the observation space.
+
     A subclass has `_start`, `_observe`, `_draw`, `step`, `get_state` and `set_state`.
     """
 
@@ -61,6 +65,7 @@ class HybridEnv(gym.Env[np.ndarray, HybridAction]):
             parameter_space = spaces.Tuple([_box(bounds) for bounds in parameter_bounds])
         self.action_space = spaces.Tuple((spaces.Discrete(len(parameter_bounds)), parameter_space))
         self.observation_space = observation_space
+        self.scale_low, self.scale_high = self._scale()
         self._normals: list[float] = []
         self._uniforms: list[float] = []
         self._forget()
@@ -88,6 +93,11 @@ class HybridEnv(gym.Env[np.ndarray, HybridAction]):
         self._return = 0.0
         self._over = self._success = False
         self._trail: list[tuple[float, ...]] = []
+
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return `scale_low` and `scale_high`."""
+        space = self.observation_space
+        return space.low.astype(np.float64), space.high.astype(np.float64)
 
     def _start(self) -> None:
         """Go to the first state of an episode."""
@@ -222,4 +232,4 @@ def read_state(state: Mapping[str, np.ndarray], size: int, counters: Sequence[st
     values = np.asarray(state["state"], dtype=np.float64)
     if values.shape != (size,) or not np.isfinite(values).all():
         raise ValueError(f"`state` must be {size} finite numbers, got {state['state']!r}")
-    return values.tolist(), [int(state.get(name, 0)) for name in counters]
+    return values.tolist(), [int(np.asarray(state.get(name, 0)).item()) for name in counters]

@@ -78,7 +78,7 @@ class Picture:
     def pixels(self, caption: str) -> np.ndarray:
         """Return the picture with a caption, (height, width, 3) uint8."""
         width, height = self._size[0], self._size[1] + CAPTION_HEIGHT
-        strip = (0, self._size[1] * SUPERSAMPLING, width * SUPERSAMPLING, self._scale * 1000)
+        strip = (0, self._size[1] * SUPERSAMPLING, width * SUPERSAMPLING, CAPTION_HEIGHT * SUPERSAMPLING)
         self._pygame.draw.rect(self._surface, INK, strip)
         middle = (self._size[1] + CAPTION_HEIGHT / 2) * SUPERSAMPLING
         self._write(caption, (10 * SUPERSAMPLING, middle), PAPER, 20)

@@ -104,7 +104,7 @@ class PlatformEnv(HybridEnv):
         one for the enemy's.
         """
         normal = self._normal
-        trail = [] if self.render_mode else None
+        trail: list[tuple[float, ...]] | None = [] if self.render_mode else None
         x, y, vx, vy = self._player
         enemies = self._enemies
         on_ground = _on_platform(x, y)
@@ -120,10 +120,8 @@ class PlatformEnv(HybridEnv):
                     gain = min(max(parameter / duration - vx, -MAX_ACCELERATION_X), max_gain)
                     acceleration_x = (gain - abs(normal(JUMP_NOISE))) / DT
                     acceleration_y = (height - abs(normal(JUMP_NOISE))) / DT
-                limit = MAX_ACCELERATION_X
-                vx += min(max(acceleration_x, -limit), limit) * DT
-                limit = MAX_ACCELERATION_Y
-                vy += min(max(acceleration_y, -limit), limit) * DT
+                vx += min(max(acceleration_x, -MAX_ACCELERATION_X), MAX_ACCELERATION_X) * DT
+                vy += min(max(acceleration_y, -MAX_ACCELERATION_Y), MAX_ACCELERATION_Y) * DT
             else:
                 vy -= GRAVITY * DT
             vx -= abs(normal(SPEED_NOISE))
@@ -174,9 +172,8 @@ class PlatformEnv(HybridEnv):
             on_ground = _on_platform(x, y)
             if trail is not None:
                 trail.append((x, y))
-            if dead or x >= LEVEL_END:
-                break
-            if substeps >= RUN_SUBSTEPS if action == RUN else on_ground:
+            finished = substeps >= RUN_SUBSTEPS if action == RUN else on_ground
+            if finished or dead or x >= LEVEL_END:
                 break
         self._player = (x, y, vx, vy)
         self._trail = trail or []
@@ -225,7 +222,7 @@ class PlatformEnv(HybridEnv):
     def _draw(self) -> Picture:
         picture = Picture((-20.0, -40.0), (1080.0, 158.0), 800 / 1100, SKY)
         for left, width in PLATFORMS:
-            picture.box((left, -40.0), (left + width, PLATFORM_HEIGHT), EARTH)
+            picture.box((left, -60.0), (left + width, PLATFORM_HEIGHT), EARTH)
             picture.box((left, PLATFORM_HEIGHT - 6.0), (left + width, PLATFORM_HEIGHT), GRASS)
         picture.path([(LEVEL_END, PLATFORM_HEIGHT), (LEVEL_END, 110.0)], INK)
         picture.box((LEVEL_END, 90.0), (LEVEL_END + 32.0, 110.0), GREEN)
@@ -252,6 +249,7 @@ def _draw_eyes(picture: Picture, x: float, y: float) -> None:
 
 def _on_platform(x: float, y: float) -> bool:
     """Tell whether a player at (x, y) stands on a platform, if only with a corner."""
+    # `PLATFORMS` with the player's width added on the left; written out, as it is asked so often.
     return y == PLATFORM_HEIGHT and (x <= 250.0 or 455.0 <= x <= 750.0 or 965.0 <= x <= 1035.0)
 
 

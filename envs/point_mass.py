@@ -49,6 +49,9 @@ class PointMassEnv(HybridEnv):
         space = spaces.Box(-high, high, dtype=np.float32)
         super().__init__(parameter_bounds, space, render_mode, shared_parameters)
 
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        return -np.ones(4), np.ones(4)  # published agents take these observations as they are
+
     def _start(self) -> None:
         self._agent = (self._uniform(-1.0, 1.0), self._uniform(-1.0, 1.0), 0.0, 0.0)
         self._landmark = (self._uniform(-1.0, 1.0), self._uniform(-1.0, 1.0))
