@@ -1,0 +1,245 @@
+"""What all scripts have in common, and that what is written about them is true."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+NAMES = ["hyar_td3", "sac_ae_pixels", "plas_pixels", "pretrain_vae_moa", "world_model_test"]
+SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
+COMMON_ARGUMENTS = [
+    "exp_name", "seed", "torch_deterministic", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
+    "runs_dir", "run_name", "resume", "checkpoint_frequency", "eval_frequency", "eval_episodes",
+]  # fmt: skip
+SPECIFIC = "# Algorithm specific arguments"
+BLOCK_START = "# --- run folder, logging, checkpoints: the same text in every script ---\n"
+BLOCK_END = "# --- end of the common block ---\n"
+
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def tracked_files() -> list[Path]:
+    """The repository's files; where there is no git, all that look like it."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode == 0:
+        paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    else:
+        paths = [path for path in ROOT.rglob("*") if not {".venv", "runs", "__pycache__"} & set(path.parts)]
+    return [path for path in paths if path.is_file()]
+
+
+def texts() -> dict[str, str]:
+    """All files that are text, by their path in the repository."""
+    result = {}
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" not in content:
+            result[path.relative_to(ROOT).as_posix()] = content.decode()
+    return result
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text()
+
+
+def between(text: str, start: str, end: str) -> str:
+    """The one part of a text between two marks that each occur once."""
+    assert text.count(start) == 1 and text.count(end) == 1, (start, end)
+    return text[text.index(start) + len(start) : text.index(end)]
+
+
+# --- common text ---
+def common_arguments(name: str) -> str:
+    text = between(source(name), "class Args:\n", SPECIFIC)
+    return re.sub(r"(exp_name: str = ).*", r"\1...", text)
+
+
+@each_script
+def test_arguments_begin_with_the_same_group(name):
+    assert common_arguments(name) == common_arguments(SCRIPTS[0])
+
+
+@each_script
+def test_the_common_group_is_complete_and_in_order(name):
+    fields = list(importlib.import_module(name).Args.__dataclass_fields__)
+    assert fields[: len(COMMON_ARGUMENTS)] == COMMON_ARGUMENTS
+    assert re.findall(r"^    (\w+):", common_arguments(name), re.MULTILINE) == COMMON_ARGUMENTS
+
+
+@each_script
+def test_every_argument_has_its_help(name):
+    (arguments,) = [node for node in ast.parse(source(name)).body if getattr(node, "name", "") == "Args"]
+    body = arguments.body[1:]  # after the class's own docstring
+    assert len(body) == 2 * len(importlib.import_module(name).Args.__dataclass_fields__)
+    for field, text in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert isinstance(text, ast.Expr) and len(ast.literal_eval(text.value)) > 10, field.target.id
+
+
+@each_script
+def test_the_run_block_is_the_same_text(name):
+    block = between(source(name), BLOCK_START, BLOCK_END)
+    assert block == between(source(SCRIPTS[0]), BLOCK_START, BLOCK_END)
+    for needed in ("def usage_error", "def save_checkpoint", "def load_checkpoint", "def log"):
+        assert needed in block
+
+
+@each_script
+def test_a_script_stands_alone(name):
+    """It imports no other script and nothing of the repository but `envs`, and lives without that."""
+    tree = ast.parse(source(name))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    tops = {module.split(".")[0] for module in imported}
+    ours = {path.stem if path.suffix == ".py" else path.name for path in ROOT.iterdir() if path.suffix in ("", ".py")}
+    assert not tops & (ours | set(NAMES) | {"benchmark", "tests"}) - {"envs"}
+    unguarded = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in unguarded if re.search(r"\benvs\b", line)]
+    assert {"torch", "tyro"} <= tops
+
+
+@each_script
+def test_a_script_ends_as_all_do(name):
+    assert source(name).endswith('\n\n\nif __name__ == "__main__":\n    main(tyro.cli(Args))\n')
+
+
+# --- what is written about the scripts ---
+@functools.cache
+def flags(name: str) -> frozenset[str]:
+    """All flags of a script, as its --help shows them."""
+    run = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return frozenset(re.findall(r"--[a-z][\w-]*", run.stdout))
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Each `python <script>.py ...` of a text: the script's name and what follows."""
+    text = text.replace("\\\n", " ")
+    found = []
+    for name, rest in re.findall(r"python3? (?:\S*/)?(\w+)\.py((?: [^\n`|;&#>]*)?)", text):
+        if name in SCRIPTS:
+            found.append((name, re.sub(r"[\"']", "", rest).split()))
+    return found
+
+
+def described() -> dict[str, str]:
+    """The files that tell people what to type, and the scripts' docstrings."""
+    result = {
+        path: text
+        for path, text in texts().items()
+        if path in ("README.md", "Makefile") or (path.startswith(("docs/", "benchmark/")) and not path.endswith(".csv"))
+    }
+    return result | {f"{name}.py": ast.get_docstring(ast.parse(source(name))) or "" for name in SCRIPTS}
+
+
+def test_every_flag_of_every_written_command_exists():
+    seen = 0
+    for path, text in described().items():
+        for name, words in commands(text):
+            for word in words:
+                if word.startswith("--"):
+                    flag = word.split("=")[0].rstrip(".,:)")
+                    assert flag in flags(name), f"{path}: python {name}.py has no {flag}"
+                    seen += 1
+    assert seen >= 3
+
+
+OTHER_PROGRAMS = re.compile(
+    r"\b(sbatch|srun|pip|apt|apt-get|git|xargs|wandb|pytest|ruff|plot\.py|speed\.py|evaluate\.py)\b"
+)
+
+
+@each_script
+def test_every_flag_that_its_page_names_exists(name):
+    page = ROOT / "docs" / f"{name}.md"
+    if not page.exists():
+        pytest.skip("no page yet")
+    for line in page.read_text().splitlines():
+        if not OTHER_PROGRAMS.search(line):
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line):
+                assert flag in flags(name), f"{page.name}: {flag}"
+
+
+@each_script
+def test_the_commands_of_the_docstring_parse(name):
+    docstring = ast.get_docstring(ast.parse(source(name))) or ""
+    found = commands(docstring)
+    assert len(found) >= 3
+    for script, words in found:
+        assert script == name
+        tyro.cli(importlib.import_module(name).Args, args=words)
+
+
+def test_the_flags_that_are_looked_for_are_found():
+    """Otherwise the tests above would be empty."""
+    text = (
+        "run `python hyar_td3.py --env A-v0 \\\n  --seed 3` or\n$ .venv/bin/python ./hyar_td3.py --resume | tee --no\n"
+    )
+    assert commands(text) == [("hyar_td3", ["--env", "A-v0", "--seed", "3"]), ("hyar_td3", ["--resume"])]
+    assert "--env" in flags("hyar_td3") and "--no-such-flag" not in flags("hyar_td3")
+    assert all(f"--{name.replace('_', '-')}" in flags("hyar_td3") for name in COMMON_ARGUMENTS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.sh")), ids=lambda path: path.name)
+def test_every_job_of_a_benchmark_is_a_command_that_parses(path, tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "RUNS": "somewhere"}
+    listed = subprocess.run(["bash", str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert listed.returncode == 0 and not listed.stderr
+    assert not list(tmp_path.iterdir())  # it prints, and does nothing else
+    jobs = listed.stdout.splitlines()
+    assert jobs
+    run_names = []
+    for job in jobs:
+        python, script, *words = shlex.split(job)
+        assert python == "python" and script == f"{path.stem}.py"
+        args = tyro.cli(importlib.import_module(path.stem).Args, args=words)
+        assert args.resume and args.runs_dir == "somewhere"
+        run_names.append(args.run_name)
+    assert all(run_names) and len(set(run_names)) == len(run_names)  # so that running the list again finishes it
+
+
+# --- files ---
+def test_all_python_is_that_of_3_11():
+    sources = {path: text for path, text in texts().items() if path.endswith(".py")}
+    assert {f"{name}.py" for name in SCRIPTS} <= set(sources)
+    for path, text in sources.items():
+        ast.parse(text, path, feature_version=(3, 11))
+
+
+def test_no_file_names_a_folder_of_one_machine():
+    machine = re.compile(
+        "|".join((r"(?<![\w.])/wo" + r"rk/", r"(?<![\w.])/ro" + r"ot\b", "/tmp/ve" + "nv", "/ho" + "me/"))
+    )
+    for path, text in texts().items():
+        found = machine.search(text)
+        assert not found, f"{path}: {found.group()}"
+    assert machine.search("cd /wo" + "rk/main")
+
+
+def test_scripts_are_in_the_readme():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README yet")
+    for name in SCRIPTS:
+        assert f"{name}.py" in readme.read_text()
+
+
+@each_script
+def test_a_scripts_page_is_where_its_docstring_says(name):
+    (page,) = re.findall(r"docs/\w+\.md", ast.get_docstring(ast.parse(source(name))))
+    assert page == f"docs/{name}.md"
+    if (ROOT / "docs").exists():
+        assert (ROOT / page).exists()
