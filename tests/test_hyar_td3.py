@@ -24,6 +24,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +160,16 @@ class BareToyEnv(ToyEnv):
         super().__init__()
 
 
+class InPlaceToyEnv(ToyEnv):
+    """Returns the same array each time, written over, as environments do that keep their state in one."""
+
+    def observe(self):
+        if not hasattr(self, "buffer"):
+            self.buffer = np.zeros(4, np.float32)
+        self.buffer[:] = super().observe()
+        return self.buffer
+
+
 class SpacesEnv(gym.Env):
     """Has spaces, and need not have more, as it should be refused for them."""
 
@@ -176,6 +187,7 @@ gym.register("ToyShared-v0", entry_point=SharedToyEnv)
 gym.register("ToyParameterless-v0", entry_point=ParameterlessToyEnv)
 gym.register("ToyMatrix-v0", entry_point=MatrixToyEnv)
 gym.register("ToyBare-v0", entry_point=BareToyEnv)
+gym.register("ToyInPlace-v0", InPlaceToyEnv, kwargs={"length": 7, "truncate": True, "unbounded": True})
 gym.register("ToyUnrepeatable-v0", entry_point=ToyEnv, kwargs={"length": 7, "repeatable": False})
 BOX2 = Box(-1, 1, (2,))
 REFUSED_SPACES = {  # id -> action space, observation space, what the message has to say
@@ -435,6 +447,29 @@ def test_unbounded_observations_are_scaled_by_the_random_phase_and_frozen(tmp_pa
     assert saved["scale"].tolist() == pytest.approx([1.0, targets.std(), 1.0, 1.0], abs=1e-3)
     end = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
     assert torch.equal(end["center"], saved["center"]) and torch.equal(end["scale"], saved["scale"])
+
+
+def test_the_observation_scale_is_exact_for_large_numbers_and_1_for_what_never_moved():
+    """A flag that random play never raises must not be blown up to millions when it is raised."""
+    agent, generator = make_agent("ToyLong-v0"), np.random.default_rng(0)
+    agent.unbounded[:] = True
+    columns = (
+        1e5 + generator.normal(size=20_000),
+        generator.normal(5, 3, 20_000),
+        np.zeros(20_000),
+        np.full(20_000, 0.1),
+    )
+    observations = np.stack(columns, 1).astype(np.float32)
+    agent.fit_observation_scale(observations)
+    exact = observations.astype(np.float64)
+    np.testing.assert_allclose(agent.center, exact.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(agent.scale, [*exact.std(0)[:2], 1, 1], rtol=1e-3)
+    assert np.abs(agent.scale_observation(np.float32([1e5, 5, 1, 0.1]))).max() < 2
+
+
+def test_an_environment_may_return_the_same_array_each_time(reference, tmp_path, no_pictures):
+    result = outcome(hyar_td3.main(tiny(tmp_path, env_id="ToyInPlace-v0")))
+    assert not [name for name in differences(result, reference) if not name.startswith("checkpoint.pt/eval")]
 
 
 @pytest.mark.parametrize("env_id", ["ToyLong-v0", "Platform-v0"])
@@ -733,8 +768,8 @@ def test_decoding_a_latent_action_equals_the_formulas(env_id, changes, double):
     assert len(set(nearest.tolist())) > 1
 
 
-def test_acting_equals_the_formulas():
-    agent = make_agent("CatchPoint-v0")
+def test_acting_equals_the_formulas(double):
+    agent = sharpen(make_agent("CatchPoint-v0"))
     agent.update_latent_range(random_batch(agent, 500))
     observation = random_batch(agent, 40).observation
     latent_action, k, x = agent.act(observation.numpy())
@@ -746,6 +781,7 @@ def test_acting_equals_the_formulas():
         own = plain_embedding(agent.vae, int(k[i]))
         row_x, _ = plain_decode(agent.vae, array(observation[i]), own, z * half + middle)
         np.testing.assert_allclose(array(x[i]), row_x if k[i] == 0 else 0.0 * row_x, atol=1e-5)  # 1 has no parameter
+    assert set(k.tolist()) == {0, 1}
 
 
 def test_exploration_noise_is_normal_and_clipped():
@@ -1373,6 +1409,8 @@ def goes_to_checkpoint(source, target, *_, **__) -> bool:
 KILLS = {  # name -> what to arm in the process that will be killed, and whether a checkpoint is there afterwards
     "in mid-episode": (lambda: at_training_step(RANDOM_STEPS + 53, kill_self), 30),
     "before the first checkpoint": (lambda: at_training_step(RANDOM_STEPS + 11, kill_self), None),
+    "before anything is written": (lambda: kill_at_call(hyar_td3, "write_atomically", 1), None),
+    "while args.json is written": (lambda: kill_at_call(os, "fsync", 1), None),
     "in the random phase": (lambda: at_training_step(50, kill_self), None),
     "in pre-training": (lambda: kill_at_call(HyARTD3, "update_vae", 5), None),
     "in a gradient step": (lambda: kill_at_call(HyARTD3, "update_actor", 30), 60),
@@ -1813,7 +1851,10 @@ def test_signals_and_resuming_through_the_command_line(tmp_path):
     assert last.returncode == 0, last.stderr
     one, other = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
     assert not differences(one, other)
-    assert len((tmp_path / "whole" / "eval.csv").read_text().splitlines()) == 5
+    steps = [row["step"] for row in evaluations(tmp_path / "whole")]
+    assert steps == [100, 200, 300, 400]
+    events = EventAccumulator(str(tmp_path / "stopped")).Reload()
+    assert [event.step for event in events.Scalars("eval/episodic_return")] == steps  # nothing twice
     again = command(*flags)
     assert again.returncode == 0 and "finished" in again.stdout and not again.stderr
 
@@ -1836,8 +1877,6 @@ def test_bad_input_through_the_command_line(flags, part, tmp_path):
 
 def test_everything_that_a_run_leaves_behind(tmp_path):
     """Also with wandb, offline, and with videos."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     flags = "--env", "Platform-v0", "--seed", "3", "--run-name", "full", "--track", "--capture-video", *PLATFORM
     result = command(*flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -1914,17 +1953,18 @@ gymnasium.register("Theirs-v3", entry_point=Theirs)
 
 
 def test_a_copy_alone_trains_on_a_third_partys_environment(tmp_path):
-    (tmp_path / "hyar_td3.py").write_bytes(SCRIPT.read_bytes())
-    (tmp_path / "their_package").mkdir()
-    (tmp_path / "their_package" / "__init__.py").write_text(THIRD_PARTY)
-    result = command("--env", "their_package:Theirs-v3", *PLATFORM, script="hyar_td3.py", cwd=tmp_path)
+    here = tmp_path / "it's mine"
+    (here / "their_package").mkdir(parents=True)
+    (here / "their_package" / "__init__.py").write_text(THIRD_PARTY)
+    (here / "hyar_td3.py").write_bytes(SCRIPT.read_bytes())
+    result = command("--env", "their_package:Theirs-v3", *PLATFORM, script="hyar_td3.py", cwd=here)
     assert result.returncode == 0, result.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (here / "runs").iterdir()
     assert folder.name.startswith("their_package-Theirs-v3__hyar_td3__1__")
     rows = (folder / "eval.csv").read_text().splitlines()
     assert len(rows) == 5 and math.isfinite(float(rows[-1].split(",")[1]))
     assert all(value.isfinite().all() for value in tensors(torch.load(folder / "model.pt", weights_only=True)).values())
-    alone = command("--env", "Platform-v0", script="hyar_td3.py", cwd=tmp_path)
+    alone = command("--env", "Platform-v0", script="hyar_td3.py", cwd=here)
     assert alone.returncode == 2 and "unknown environment Platform-v0" in alone.stderr
 
 
