@@ -1,0 +1,319 @@
+"""Collect the runs of a script into CSV files, curves and tables.
+
+    python benchmark/plot.py hyar_td3
+    python benchmark/plot.py hyar_td3 --runs /scratch/runs --unfinished
+
+Reads run folders as `benchmark/<script>.sh` names them: `<script>__<environment>__<seed>` for the results table and
+`<script>-<ablation>__<environment>__<seed>` for an ablation. Writes to benchmark/results/<script>/: for each
+environment `<environment>.csv` and `.png`; for each ablation `<environment>__<ablation>.csv`, and all of them in
+`<environment>__ablations.png`; `table.md` and `ablations.md`. What the CSV files already hold of other seeds stays
+there, so that results can be collected from several machines.
+"""
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple, NoReturn
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass
+class Args:
+    """What to collect."""
+
+    script: Annotated[str, tyro.conf.Positional]
+    """the script's name, without .py"""
+    runs: Path = Path("runs")
+    """the folder with the run folders"""
+    results: Path = ROOT / "benchmark" / "results"
+    """the folder to write to, in a folder of the script's name"""
+    unfinished: bool = False
+    """if toggled, runs that are not finished are drawn too; they never enter CSV files or tables"""
+
+
+AVERAGED = "averaged-policy"  # not an ablation of its own: the second evaluation of the same runs
+LAST_EVALUATIONS = 10  # a seed's score is the mean of this many, never its best
+
+
+class Published(NamedTuple):
+    """What papers report for an environment: `column` ("return" or "success"), the script's paper, and CHDP."""
+
+    column: str
+    mean: float
+    std: float
+    chdp: float
+
+
+# HyAR-TD3: Li et al., ICLR 2022, table 2. CHDP: the best result published since (AAAI 2026, arXiv 2601.05675).
+PUBLISHED: dict[str, dict[str, Published]] = {
+    "hyar_td3": {
+        "Platform-v0": Published("return", 0.98, 0.01, 0.997),
+        "Goal-v0": Published("success", 0.78, 0.03, 0.809),
+        "HardGoal-v0": Published("success", 0.60, 0.07, 0.795),
+        "CatchPoint-v0": Published("success", 0.90, 0.03, 0.938),
+        "HardMove4-v0": Published("success", 0.93, 0.02, 0.942),
+        "HardMove6-v0": Published("success", 0.92, 0.04, 0.939),
+        "HardMove8-v0": Published("success", 0.89, 0.03, 0.906),
+        "HardMove10-v0": Published("success", 0.75, 0.05, 0.798),
+    }
+}
+
+Key = tuple[str, str]  # environment id and ablation, which is "" for the results table
+Seeds = dict[int, np.ndarray]  # the evaluations of each seed: rows (T, 3) of step, return, success rate
+
+
+class Runs(NamedTuple):
+    """What run folders hold: curves of finished and of other runs, evaluation episodes, names of the unfinished."""
+
+    finished: dict[Key, Seeds]
+    unfinished: dict[Key, Seeds]
+    episodes: dict[Key, set[int]]
+    left_out: list[str]
+
+
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_columns(path: Path, names: Iterable[str]) -> np.ndarray:
+    """The named columns of a CSV file as an array (rows, columns); columns that it lacks are nan."""
+    with open(path, newline="") as file:
+        rows = [[float(row.get(name) or "nan") for name in names] for row in csv.DictReader(file)]
+    return np.array(rows).reshape(len(rows), -1).round(6)
+
+
+def read_runs(script: str, folder: Path) -> Runs:
+    """Read all run folders of `script` in `folder`; other folders are passed over."""
+    runs = Runs({}, {}, {}, [])
+    for about in sorted(folder.glob(f"{script}*__*/args.json")):
+        name, run = about.parent.name, json.loads(about.read_text())
+        ablation = name.split("__")[0].removeprefix(script)
+        if run["script"] != script or (ablation and not ablation.startswith("-")):
+            continue
+        arguments, evaluations = run["arguments"], about.with_name("eval.csv")
+        variants = {ablation[1:]: ("episodic_return", "success_rate")}
+        if not ablation:
+            variants[AVERAGED] = ("average_episodic_return", "average_success_rate")
+        for variant, columns in variants.items():
+            rows = read_columns(evaluations, ("step", *columns)) if evaluations.exists() else np.empty((0, 3))
+            last = int(rows[-1, 0]) if len(rows) else 0
+            finished = last >= arguments["total_timesteps"]
+            if not finished and variant != AVERAGED:
+                runs.left_out.append(f"{name} ({last:,} of {arguments['total_timesteps']:,} steps)")
+            if not len(rows) or np.isnan(rows[:, 1]).all():
+                continue  # nothing evaluated yet, or a script that evaluates one policy only
+            key = arguments["env_id"], variant
+            curves = (runs.finished if finished else runs.unfinished).setdefault(key, {})
+            if arguments["seed"] in curves:
+                usage_error(f"{about.parent} is a second run of {key[0]}, seed {arguments['seed']}; move one away")
+            curves[arguments["seed"]] = rows
+            runs.episodes.setdefault(key, set()).add(arguments["eval_episodes"])
+    return runs
+
+
+def read_results(folder: Path) -> dict[Key, Seeds]:
+    """Read the CSV files that earlier calls have written."""
+    results: dict[Key, Seeds] = {}
+    for path in sorted(folder.glob("*.csv")):
+        environment, _, ablation = path.stem.partition("__")
+        rows = read_columns(path, ("step", "return", "success", "seed"))
+        results[environment, ablation] = {int(s): rows[rows[:, 3] == s, :3] for s in np.unique(rows[:, 3])}
+    return results
+
+
+def write_results(folder: Path, results: dict[Key, Seeds]) -> None:
+    """Write a CSV file `step,return,success,seed` for each environment and ablation, sorted by seed and step."""
+    for (environment, ablation), seeds in results.items():
+        with open(folder / f"{environment}{'__' * bool(ablation)}{ablation}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("step", "return", "success", "seed"))
+            for seed, rows in sorted(seeds.items()):
+                writer.writerows((int(step), value, success, seed) for step, value, success in rows.tolist())
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over seeds (..., N, T) -> (..., T) without the lowest and the highest quarter (rounded down)."""
+    cut = values.shape[-2] // 4
+    return np.sort(values, -2)[..., cut : values.shape[-2] - cut, :].mean(-2)
+
+
+def bootstrap_interval(values: np.ndarray, samples: int = 2_000) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap interval (T,), (T,) of the interquartile mean, seeds (N, T) drawn with replacement."""
+    draws = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
+    low, high = np.quantile(interquartile_mean(values[draws]), (0.025, 0.975), axis=0)
+    return low, high
+
+
+def score(rows: np.ndarray, column: str) -> float:
+    """A seed's score: the mean of its last 10 evaluations (T, 3)."""
+    return float(rows[-LAST_EVALUATIONS:, 1 if column == "return" else 2].mean())
+
+
+def published(script: str, environment: str) -> Published:
+    """What is published for an environment; where nothing is, the return counts."""
+    return PUBLISHED.get(script, {}).get(environment, Published("return", np.nan, np.nan, np.nan))
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+def draw_curves(title: str, column: str, curves: dict[str, Seeds], paper: dict[str, float]) -> Figure:
+    """Interquartile mean and 95 % interval of each of `curves` by its label, `paper`'s values as horizontal lines.
+
+    A single curve also shows its seeds, as thin lines; an interval needs at least two.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (label, seeds) in enumerate(curves.items()):
+        steps = sorted(set.intersection(*(set(rows[:, 0]) for rows in seeds.values())))
+        values = np.array(
+            [[row[1 if column == "return" else 2] for row in rows if row[0] in steps] for rows in seeds.values()]
+        )  # (seeds, steps)
+        color = f"C{i}"
+        if len(curves) == 1 and len(seeds) > 1:
+            for rows in seeds.values():
+                axis.plot(rows[:, 0], rows[:, 1 if column == "return" else 2], color=color, linewidth=0.7, alpha=0.3)
+        seeds_label = f"{label}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        axis.plot(steps, interquartile_mean(values), color=color, label=seeds_label)
+        if len(seeds) > 1:
+            axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.2, linewidth=0)
+    for style, (label, value) in zip(("--", ":"), paper.items(), strict=False):
+        if not np.isnan(value):
+            axis.axhline(value, color="black", linewidth=1, linestyle=style, label=f"{label}: {value:g}")
+    quantity = "return" if column == "return" else "success rate"
+    axis.set(title=title, xlabel="environment steps", ylabel=f"evaluation {quantity}")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
+    """Write `<environment>.png`, and `<environment>__ablations.png` where there are any."""
+    for environment in sorted({environment for environment, _ in results}):
+        about = published(script, environment)
+        variants = {ablation: seeds for (name, ablation), seeds in sorted(results.items()) if name == environment}
+        if "" in variants:
+            paper = {"HyAR-TD3 paper": about.mean, "CHDP paper": about.chdp} if script == "hyar_td3" else {}
+            curve = {"interquartile mean, 95 % interval": variants[""]}
+            figure = draw_curves(f"{script} on {environment}", about.column, curve, paper)
+            figure.savefig(folder / f"{environment}.png", dpi=120)
+        if set(variants) - {""}:
+            curves = {name or "unchanged": seeds for name, seeds in variants.items()}
+            figure = draw_curves(f"{script} on {environment}: ablations", about.column, curves, {})
+            figure.savefig(folder / f"{environment}__ablations.png", dpi=120)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+def mean_and_std(values: Iterable[float]) -> str:
+    """`mean ± standard deviation` (NumPy's, over N), without the second part for a single value."""
+    values = np.array(list(values))
+    return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
+
+
+def each_seed(scores: dict[int, float]) -> str:
+    """All scores with their seeds in brackets."""
+    return ", ".join(f"{value:.3f} ({seed})" for seed, value in sorted(scores.items()))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def in_table_order(script: str, results: dict[Key, Seeds]) -> list[tuple[Key, Seeds]]:
+    """Results in the order of the paper's table, then by name."""
+    order = list(PUBLISHED.get(script, {}))
+    place = {name: order.index(name) if name in order else len(order) for name, _ in results}
+    return sorted(results.items(), key=lambda item: (place[item[0][0]], item[0]))
+
+
+def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, set[int]]) -> str:
+    """The results table in Markdown: paper, CHDP, and the scores of the finished seeds."""
+    header = [
+        "environment", "column", "paper", "CHDP", "ours", "ours, averaged policy", "seeds", "steps",
+        "evaluation episodes", "each seed (seed)",
+    ]  # fmt: skip
+    rows = []
+    for (environment, ablation), seeds in in_table_order(script, results):
+        if ablation:
+            continue
+        about = published(script, environment)
+        scores = {seed: score(curve, about.column) for seed, curve in seeds.items()}
+        averaged = [score(curve, about.column) for curve in results.get((environment, AVERAGED), {}).values()]
+        paper = "–" if np.isnan(about.mean) else f"{about.mean:.2f} ± {about.std:.2f}"
+        rows.append([
+            environment, about.column, paper, "–" if np.isnan(about.chdp) else f"{about.chdp:.3f}",
+            mean_and_std(scores.values()), mean_and_std(averaged) if averaged else "–", str(len(seeds)),
+            numbers({int(curve[-1, 0]) for curve in seeds.values()}),
+            numbers(episodes.get((environment, "")) or {default_evaluation_episodes(script)}), each_seed(scores),
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
+    """The ablations in Markdown, each beside the unchanged script on the same seeds."""
+    header = ["environment", "column", "change", "score", "unchanged, same seeds", "seeds", "steps", "each seed (seed)"]
+    rows = []
+    for (environment, ablation), seeds in in_table_order(script, results):
+        if not ablation:
+            continue
+        column = published(script, environment).column
+        scores = {seed: score(curve, column) for seed, curve in seeds.items()}
+        unchanged = results.get((environment, ""), {})
+        same = [score(unchanged[seed], column) for seed in seeds if seed in unchanged]
+        rows.append([
+            environment, column, ablation, mean_and_std(scores.values()), mean_and_std(same) if same else "–",
+            str(len(seeds)), numbers({int(curve[-1, 0]) for curve in seeds.values()}), each_seed(scores),
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def numbers(values: set[int]) -> str:
+    """Whole numbers in order; all runs of a benchmark should share one."""
+    return ", ".join(f"{value:,}" for value in sorted(values))
+
+
+def default_evaluation_episodes(script: str) -> int:
+    """The script's default, for results whose run folders are on another machine."""
+    return importlib.import_module(script).Args().eval_episodes
+
+
+def main(args: Args) -> None:
+    """Read, merge, draw, and print the tables."""
+    script = args.script
+    folder, found = args.results / script, read_runs(script, args.runs)
+    earlier = read_results(folder)
+    collected = {key: earlier.get(key, {}) | found.finished.get(key, {}) for key in {**earlier, **found.finished}}
+    drawn = dict(collected)
+    if args.unfinished:
+        drawn |= {key: seeds | collected.get(key, {}) for key, seeds in found.unfinished.items()}
+    if not drawn and not found.left_out:
+        usage_error(f"no runs of {script} in {args.runs} and no results in {folder}; see benchmark/{script}.sh")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder, collected)
+    draw_all(script, folder, drawn)
+    tables = {"table.md": results_table(script, collected, found.episodes)}
+    if any(ablation for _, ablation in collected):
+        tables["ablations.md"] = ablations_table(script, collected)
+    for name, table in tables.items():
+        (folder / name).write_text(table)
+        print(table)
+    if found.left_out:
+        print(f"not finished, left out: {', '.join(found.left_out)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

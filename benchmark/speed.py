@@ -1,0 +1,377 @@
+"""Measure a script's speed beside a plain version of it, the original's figures, and the machine's limit.
+
+    python benchmark/speed.py hyar_td3
+    python benchmark/speed.py hyar_td3 --rounds 10 --json speed.json
+
+All in one process with one thread, in CPU-seconds, so that other work on the machine disturbs little. What is compared
+is measured in turns, several rounds; the medians count. Absolute figures depend on the machine, ratios hardly do.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hyar_td3
+
+
+@dataclass
+class Args:
+    """What to measure, and how long."""
+
+    script: Annotated[str, tyro.conf.Positional]
+    """the script's name, without .py"""
+    rounds: int = 5
+    """how many times each measurement is made; the median counts"""
+    environment_steps: int = 5_000
+    """environment steps of one measurement with random actions"""
+    update_cycles: int = 40
+    """cycles of one measurement of the updates"""
+    random_episodes: int = 5_000
+    """episodes of the random phase before training"""
+    vae_steps: int = 2_000
+    """gradient steps of the VAE before training"""
+    training_steps: int = 6_000
+    """environment steps of training before the learning phase is measured: a new policy's episodes are too short, and
+    further steps of the VAE begin after some 3,000"""
+    learning_steps: int = 1_000
+    """environment steps of one measurement of the learning phase"""
+    json: Path | None = None
+    """a file to write the figures to"""
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """CPU time of one call, in seconds."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def medians(rounds: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median CPU-seconds of each work, all of them in turns after one round that does not count."""
+    times = [{name: cpu_seconds(work) for name, work in works.items()} for _ in range(rounds + 1)]
+    return {name: float(np.median([row[name] for row in times[1:]])) for name in works}
+
+
+def repeat(work: Callable[[], Any], times: int) -> Callable[[], None]:
+    """`work`, so many times in a row."""
+
+    def run() -> None:
+        for _ in range(times):
+            work()
+
+    return run
+
+
+# HyAR-TD3 ------------------------------------------------------------------------------------------------------------
+# The original's environment steps per CPU-second, and those of its whole learning phase on Platform, both measured on
+# another machine of this class.
+ORIGINAL_ENVIRONMENTS = {"Platform-v0": 306, "Goal-v0": 927, "HardMove10-v0": 444}
+ORIGINAL_LEARNING = (42, 50)
+
+
+class PlainHyARTD3:
+    """`HyARTD3.update` in plain eager PyTorch: it gives the same weights, and is what the fast one is measured against.
+
+    Two critics, a pass of its own for each update, relabelling that decodes both heads and encodes all rows, targets
+    that follow parameter by parameter. It has no loop over rows either, no `.item()`, and fused Adam.
+    """
+
+    def __init__(self, agent: hyar_td3.HyARTD3) -> None:
+        """Start from copies of the agent's networks, with new optimizers."""
+        self.args, self.embedding_dim = agent.args, agent.embedding_dim
+        self.vae, self.actor, self.target_actor, self.average_actor = (
+            copy.deepcopy(network) for network in (agent.vae, agent.actor, agent.target_actor, agent.average_actor)
+        )
+        self.critics = separate_critics(agent.critic)
+        self.target_critics = separate_critics(agent.target_critics)
+        rate = self.args.learning_rate
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=rate, fused=True)
+
+    def update(self, batch: hyar_td3.Batch, noise: Tensor) -> None:
+        """The critic updates on the parts of `batch` (B rows), then one of the actor; `noise` (B, 2 (d1 + d2))."""
+        parts = self.args.policy_frequency
+        for *columns, part_noise in zip(*(column.chunk(parts) for column in (*batch, noise)), strict=True):
+            part = hyar_td3.Batch(*columns)
+            self.update_critics(part, part_noise)
+        self.update_actor(part.observation)
+
+    def clipped(self, noise: Tensor) -> Tensor:
+        """The smoothing noise."""
+        return (self.args.policy_noise * noise).clamp(-self.args.noise_clip, self.args.noise_clip)
+
+    def update_critics(self, batch: hyar_td3.Batch, noise: Tensor) -> None:
+        """Relabel, one step of clipped double Q-learning."""
+        relabel_noise, smoothing = noise.chunk(2, 1)
+        with torch.no_grad():
+            latent_action = self.relabel(batch, relabel_noise)
+            next_action = (self.target_actor(batch.next_observation) + self.clipped(smoothing)).clamp(-1.0, 1.0)
+            inputs = torch.cat((batch.next_observation, next_action), 1)
+            next_value = torch.minimum(*(critic(inputs)[:, 0] for critic in self.target_critics))
+            target = batch.reward + self.args.gamma * (1.0 - batch.terminated) * next_value
+        inputs = torch.cat((batch.observation, latent_action), 1)
+        first, second = (critic(inputs)[:, 0] for critic in self.critics)
+        loss = F.mse_loss(first, target) + F.mse_loss(second, target)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+
+    def relabel(self, batch: hyar_td3.Batch, noise: Tensor) -> Tensor:
+        """Latent actions that the VAE decodes into what was done."""
+        vae, table = self.vae, self.vae.discrete_embedding()
+        sizes = self.embedding_dim, batch.latent_action.shape[1] - self.embedding_dim
+        (embedding, z), (embedding_noise, latent_noise) = batch.latent_action.split(sizes, 1), noise.split(sizes, 1)
+        own = table[batch.k]
+        nearest = (embedding[:, None] - table).square().sum(2).argmin(1)
+        new_embedding = (own + self.clipped(embedding_noise)).clamp(-1.0, 1.0)
+        embedding = torch.where((nearest == batch.k)[:, None], embedding, new_embedding)
+
+        hidden = vae.decode(batch.observation, own, vae.to_latent(z))
+        _, delta = torch.tanh(vae.parameter_head(hidden)), torch.tanh(vae.state_head(hidden))
+        error = (delta - (batch.next_observation - batch.observation)).square().mean(1)
+        mean, std = vae.encode(batch.observation, own, batch.x)
+        valid = error < self.args.relabel_threshold * vae.state_error
+        z = torch.where(valid[:, None], z, vae.to_policy(mean + std * latent_noise))
+        return torch.cat((embedding, z), 1)
+
+    def update_actor(self, observation: Tensor) -> None:
+        """One step up the first critic with inverted gradients; targets and average follow."""
+        action = self.actor(observation)
+        leaf = action.detach().requires_grad_()
+        value = self.critics[0](torch.cat((observation, leaf), 1)).mean()
+        (gradient,) = torch.autograd.grad(value, leaf)
+        room = torch.where(gradient > 0.0, 1.0 - action.detach(), 1.0 + action.detach()) / 2.0
+        self.actor_optimizer.zero_grad()
+        action.backward(-gradient * room)
+        nn.utils.clip_grad_norm_(self.actor.parameters(), 10.0)
+        self.actor_optimizer.step()
+        follow = (
+            (self.target_actor, self.actor, self.args.tau),
+            (self.target_critics, self.critics, self.args.tau),
+            (self.average_actor, self.actor, self.args.policy_average),
+        )
+        with torch.no_grad():
+            for follower, network, rate in follow:
+                for old, new in zip(follower.parameters(), network.parameters(), strict=True):
+                    old.lerp_(new, rate)
+
+
+def separate_critics(twin: hyar_td3.TwinCritic) -> nn.ModuleList:
+    """The twins as two networks of their own, with copied weights."""
+    critics = nn.ModuleList()
+    for weights in twin_weights(twin):
+        layers: list[nn.Module] = []
+        for weight, bias in weights:
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers += [layer, nn.ReLU(True)]
+        critics.append(nn.Sequential(*layers[:-1]))
+    return critics
+
+
+def twin_weights(twin: hyar_td3.TwinCritic) -> list[list[tuple[Tensor, Tensor]]]:
+    """Weight (outputs, inputs) and bias (outputs,) of each layer of each twin."""
+    first, bias = twin.weight1.chunk(2, 1), twin.bias1.chunk(2)
+    return [
+        [(first[i].T, bias[i]), (twin.weight2[i].T, twin.bias2[i, 0]), (twin.weight3[i], twin.bias3[i])]
+        for i in range(2)
+    ]
+
+
+def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float) -> float:
+    """Floating-point operations of the matrix products of one update cycle, from the layer sizes.
+
+    A product of a row with a weight matrix costs 2 x inputs x outputs. A gradient by the weights costs as much again,
+    and so does one by the inputs, which a network's first layer does not need (the actor needs it, of the critic's
+    latent action alone). Everything else, such as biases, activations, Adam and the targets, counts as nothing: this is
+    the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder.
+    """
+    hidden, observation, latent = 256, agent.observation_dim, agent.latent_dim
+    condition, action = observation + agent.embedding_dim, agent.latent_action_dim
+    square = hidden * hidden
+    encoder = (condition + agent.actions.parameter_dim + 2 * latent) * hidden + 2 * square
+    decoder = (condition + latent + observation) * hidden + 3 * square  # the head of the state change included
+    actor = (observation + action) * hidden + square
+    critic_first, critic_rest = (observation + action) * hidden, square + hidden
+    critic = critic_first + critic_rest
+    target = encoded_share * encoder + decoder + actor + 2 * critic
+    critic_update = 2 * (2 * critic + critic_rest)
+    actor_update = 2 * actor + square + action * hidden + critic + critic_rest + action * hidden
+    rows = agent.args.batch_size
+    return 2.0 * rows * (agent.args.policy_frequency * (target + critic_update) + actor_update)
+
+
+def environment_speed(env_id: str, args: Args) -> dict[str, float]:
+    """Environment steps and sub-steps per CPU-second of random actions, drawn beforehand, without wrappers."""
+    env = gym.make(env_id).unwrapped
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(args.environment_steps)]
+    substeps = 0
+
+    def play() -> None:
+        nonlocal substeps
+        substeps = 0
+        env.reset(seed=0)
+        for action in actions:
+            _, _, terminated, truncated, info = env.step(action)
+            substeps += info["substeps"]
+            if terminated or truncated:
+                env.reset()
+
+    seconds = medians(args.rounds, {"play": play})["play"]
+    return {"steps_per_second": len(actions) / seconds, "substeps_per_second": substeps / seconds}
+
+
+class LearningPhase:
+    """`main`'s loop on Platform without evaluation, logging and checkpoints: act, step, store, update, refresh."""
+
+    def __init__(self, args: Args) -> None:
+        """The random phase, and a short pre-training of the VAE."""
+        own = hyar_td3.Args(env_id="Platform-v0", random_episodes=args.random_episodes)
+        own.total_timesteps = args.training_steps + (args.rounds + 1) * args.learning_steps
+        own.learning_starts = min(own.learning_starts, own.total_timesteps)
+        self.env = hyar_td3.make_env(own.env_id)
+        self.args = hyar_td3.resolve(own, self.env)
+        self.agent = hyar_td3.HyARTD3(self.args, self.env, torch.device("cpu"))
+        no_run: Any = SimpleNamespace(progress=lambda *_: None, signal=0)
+        self.buffer = hyar_td3.random_phase(self.agent, self.env, self.args, no_run)
+        for _ in range(args.vae_steps):
+            self.agent.update_vae(self.sample(self.args.vae_batch_size))
+        self.agent.update_latent_range(self.sample(self.args.latent_range_samples))
+        self.episode = self.length = self.step = self.updates_due = 0
+        self.observation = hyar_td3.reset_episode(self.env, self.args, 0)
+        self.kept: list[Tensor] = []  # share of rows whose latent action needed no relabelling
+
+    def sample(self, rows: int) -> hyar_td3.Batch:
+        """Rows from all transitions, for the VAE."""
+        return self.buffer.sample(0, rows, self.agent.device)
+
+    def run(self, steps: int) -> None:
+        """Go on for so many environment steps."""
+        agent, args, buffer = self.agent, self.args, self.buffer
+        scaled = agent.scale_observation(self.observation)
+        for _ in range(steps):
+            self.step += 1
+            decay = min(1.0, self.episode / args.exploration_noise_episodes)
+            noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
+            latent_action, k, x = (value[0].numpy() for value in agent.act(scaled[None], noise))
+            observation, reward, terminated, truncated, _ = self.env.step(agent.actions.to_environment(int(k), x))
+            previous, scaled = scaled, agent.scale_observation(observation)
+            buffer.add(previous, latent_action, x, k, scaled, reward, terminated)
+            self.length += 1
+            if self.step >= args.learning_starts:
+                self.updates_due += 2 if self.length == 1 else 1
+                while self.updates_due >= args.policy_frequency:
+                    oldest = max(buffer.random_size, buffer.size - args.buffer_size)
+                    rows = args.policy_frequency * args.batch_size
+                    self.kept.append(agent.update(buffer.sample(oldest, rows, agent.device))["kept_latent"])
+                    self.updates_due -= args.policy_frequency
+            if terminated or truncated:
+                self.episode, self.length = self.episode + 1, 0
+                if self.episode >= args.vae_update_start and self.episode % args.vae_update_episodes == 0:
+                    agent.update_vae(self.sample(args.vae_batch_size))
+                    agent.update_latent_range(self.sample(args.latent_range_samples))
+                observation = hyar_td3.reset_episode(self.env, args, self.episode)
+                scaled = agent.scale_observation(observation)
+            self.observation = observation
+
+
+def measure_hyar_td3(args: Args) -> dict[str, Any]:
+    """Environments, learning phase, updates beside plain ones, and the share of the machine's matrix-product rate."""
+    print("environments, random actions")
+    environments = {}
+    for env_id, original in ORIGINAL_ENVIRONMENTS.items():
+        figures = environment_speed(env_id, args)
+        figures |= {"original": original, "ratio": figures["steps_per_second"] / original}
+        environments[env_id] = figures
+        print(
+            f"  {env_id:14} {figures['steps_per_second']:8,.0f} steps/s, original {original}: "
+            f"{figures['ratio']:.1f} times; {figures['substeps_per_second']:,.0f} sub-steps/s"
+        )
+
+    phase = LearningPhase(args)
+    phase.run(args.training_steps)
+    episodes = phase.episode
+    seconds = medians(args.rounds, {"learning": lambda: phase.run(args.learning_steps)})["learning"]
+    length = (args.rounds + 1) * args.learning_steps / max(phase.episode - episodes, 1)
+    rate, (low, high) = args.learning_steps / seconds, ORIGINAL_LEARNING
+    learning = {"steps_per_second": rate, "episode_length": length, "original": ORIGINAL_LEARNING}
+    learning |= {"ratio": (rate / high, rate / low)}
+    print(f"learning phase on Platform, episodes of {length:.1f} steps on average")
+    print(f"  {rate:,.0f} environment steps/s, original {low}-{high}: {rate / high:.1f}-{rate / low:.1f} times")
+
+    agent, plain = phase.agent, PlainHyARTD3(phase.agent)
+    rows, frequency = agent.args.policy_frequency * agent.args.batch_size, agent.args.policy_frequency
+    batch = phase.buffer.sample(phase.buffer.random_size, rows, agent.device)
+    noise = torch.randn(rows, 2 * agent.latent_action_dim)
+    left, right, out = torch.randn(128, 256), torch.randn(256, 256), torch.empty(128, 256)
+    cycles, products = args.update_cycles, 10 * args.update_cycles
+    seconds_of = medians(args.rounds, {
+        "fast": repeat(lambda: agent.update(batch, noise), cycles),
+        "plain": repeat(lambda: plain.update(batch, noise), cycles),
+        "product": repeat(lambda: torch.mm(left, right, out=out), products),
+    })  # fmt: skip
+    product_rate = 2.0 * 128 * 256 * 256 * products / seconds_of["product"]
+    encoded = 1.0 - float(torch.stack(phase.kept[-100:]).mean())
+    operations = operations_per_update(agent, encoded)
+    updates: dict[str, Any] = {
+        name: {
+            "updates_per_second": frequency * cycles / seconds_of[name],
+            "milliseconds_per_cycle": 1e3 * seconds_of[name] / cycles,
+            "roofline_share": operations * cycles / seconds_of[name] / product_rate,
+        }
+        for name in ("fast", "plain")
+    }
+    updates["ratio"] = seconds_of["plain"] / seconds_of["fast"]
+    print(f"updates; a cycle is {frequency} of the critics and 1 of the actor, batch {agent.args.batch_size}")
+    for name in ("fast", "plain"):
+        figures = updates[name]
+        print(
+            f"  {name:5} {figures['updates_per_second']:6.1f} updates/s, "
+            f"{figures['milliseconds_per_cycle']:.2f} ms a cycle, {figures['roofline_share']:.0%} of the roofline"
+        )
+    print(f"  fast is {updates['ratio']:.2f} times plain")
+    print(
+        f"  roofline: {operations / 1e6:.0f} million operations a cycle ({encoded:.1%} of the rows relabelled); "
+        f"matrix products of 128x256x256 run at {product_rate / 1e9:.0f} GFLOP/s"
+    )
+    roofline = {"operations_per_cycle": operations, "product_operations_per_second": product_rate}
+    return {"environments": environments, "learning": learning, "updates": updates, "roofline": roofline}
+
+
+# Each prints its figures and returns them; add a script's own here.
+MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {"hyar_td3": measure_hyar_td3}
+
+
+def main(args: Args) -> None:
+    """Measure one script."""
+    if args.script not in MEASUREMENTS:
+        print(f"error: no measurement of {args.script}; there are {', '.join(MEASUREMENTS)}", file=sys.stderr)
+        raise SystemExit(2)
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True)  # as the scripts do by default
+    figures = MEASUREMENTS[args.script](args)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
