@@ -55,7 +55,7 @@ def load_agent(path: Path) -> hyar_td3.HyARTD3:
         agent = hyar_td3.HyARTD3(args, hyar_td3.make_env(args.env_id), torch.device("cpu"))
         agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
     except Exception as error:  # a damaged file raises nearly anything
-        usage_error(f"{path} is not a model of hyar_td3.py ({type(error).__name__}: {str(error).splitlines()[0]})")
+        usage_error(f"{path} is not a model of hyar_td3.py ({type(error).__name__})")
     return agent
 
 

@@ -1,0 +1,466 @@
+"""benchmark/: curves and tables from run folders, the job lists, the speed comparison, playing a saved model."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARK = ROOT / "benchmark"
+sys.path[:0] = [str(ROOT), str(BENCHMARK)]
+
+import evaluate  # noqa: E402
+import plot  # noqa: E402
+import speed  # noqa: E402
+
+import hyar_td3  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+# --- synthetic runs ---
+STEPS = 100  # environment steps between two evaluations
+
+
+def curve(values, success=0.5):
+    """An eval.csv's columns: one evaluation for each value."""
+    return [
+        {"step": STEPS * (i + 1), "episodic_return": value, "return_std": 0.1, "success_rate": success}
+        for i, value in enumerate(values)
+    ]
+
+
+def make_run(runs, name, env_id, seed, rows, total=12 * STEPS, script="hyar_td3", average=None, episodes=100):
+    """A run folder; `average` is added to the return for the averaged policy's columns."""
+    folder = runs / name
+    folder.mkdir(parents=True)
+    arguments = {"env_id": env_id, "seed": seed, "total_timesteps": total, "eval_episodes": episodes}
+    (folder / "args.json").write_text(json.dumps({"script": script, "arguments": arguments}))
+    if average is not None:
+        rows = [
+            {**row, "average_episodic_return": row["episodic_return"] + average, "average_success_rate": 0.7}
+            for row in rows
+        ]
+    if rows:
+        with open(folder / "eval.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def ramp(last):
+    """12 values; the mean of the last 10 is `last`, the first two would spoil it."""
+    return [-100.0, -100.0, *(last + offset for offset in (-0.25, 0.25) * 5)]
+
+
+def collect(runs, results, **options):
+    plot.main(plot.Args("hyar_td3", runs=runs, results=results, **options))
+    return results / "hyar_td3"
+
+
+def table_rows(path):
+    """A Markdown table as one dictionary per row."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in path.read_text().splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def csv_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def assert_picture(path):
+    """A picture of some size in which more than a little is drawn, in colour."""
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert min(image.shape[:2]) > 300
+    assert 0.01 < (image < 250).any(2).mean() < 0.6
+    assert (np.ptp(image, axis=2) > 60).mean() > 0.001
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Platform with three finished seeds and one unfinished, Goal with one, an ablation, and what does not count."""
+    folder = tmp_path / "runs"
+    for seed, value in ((1, 0.9), (2, 0.6), (10, 0.3)):
+        make_run(folder, f"hyar_td3__Platform-v0__{seed}", "Platform-v0", seed, curve(ramp(value)), average=0.05)
+    make_run(folder, "hyar_td3__Platform-v0__4", "Platform-v0", 4, curve(ramp(0.0)[:5]))
+    make_run(folder, "hyar_td3__Platform-v0__5", "Platform-v0", 5, [])
+    make_run(folder, "hyar_td3__Goal-v0__1", "Goal-v0", 1, curve(ramp(20.0), success=0.75), episodes=50)
+    for seed, value in ((1, 0.5), (2, 0.1)):
+        make_run(folder, f"hyar_td3-no-kl__Platform-v0__{seed}", "Platform-v0", seed, curve(ramp(value)))
+    make_run(folder, "Platform-v0__hyar_td3__1__1700000000", "Platform-v0", 1, curve(ramp(7.0)))
+    make_run(folder, "hyar_td3__Goal-v0__2", "Goal-v0", 2, curve(ramp(7.0)), script="other")
+    make_run(folder, "hyar_td3x__Goal-v0__2", "Goal-v0", 2, curve(ramp(7.0)))
+    return folder
+
+
+# --- plot.py: statistics ---
+def test_interquartile_mean_by_hand():
+    values = np.array([[100.0, 1.0], [0.0, 2.0], [2.0, 3.0], [1.0, 4.0], [3.0, 50.0]])
+    assert plot.interquartile_mean(values).tolist() == [2.0, 3.0]  # one of five is cut on each side
+    assert plot.interquartile_mean(values[:3])[0] == 34.0  # of three, none
+    assert plot.interquartile_mean(values[:1]).tolist() == [100.0, 1.0]
+    eight = np.array([9.0, 0, 1, 2, 3, 4, -7, 8])[:, None]
+    assert plot.interquartile_mean(eight)[0] == np.mean([1, 2, 3, 4])
+
+
+def test_bootstrap_interval_is_that_of_all_resamples():
+    values = np.array([0.1, 0.9, 0.5, 0.6, 0.35])
+    every = [np.sort(draw)[1:4].mean() for draw in itertools.product(values, repeat=5)]
+    low, high = plot.bootstrap_interval(np.stack((values, 0.0 * values), 1), samples=20_000)
+    assert np.allclose((low[0], high[0]), np.quantile(every, (0.025, 0.975)), atol=0.011)
+    assert low[1] == high[1] == 0.0
+    pair = plot.bootstrap_interval(np.array([[0.0], [1.0]]))
+    assert (pair[0][0], pair[1][0]) == (0.0, 1.0)
+
+
+# --- plot.py: files ---
+def test_csv_files_hold_the_finished_runs_sorted(runs, tmp_path):
+    folder = collect(runs, tmp_path / "results")
+    rows = csv_rows(folder / "Platform-v0.csv")
+    assert rows[0] == ["step", "return", "success", "seed"]
+    assert [int(row[3]) for row in rows[1:]] == [1] * 12 + [2] * 12 + [10] * 12
+    assert [int(row[0]) for row in rows[1:13]] == [STEPS * i for i in range(1, 13)]
+    assert [float(value) for value in rows[3][1:3]] == [0.65, 0.5]
+    averaged = csv_rows(folder / "Platform-v0__averaged-policy.csv")
+    assert [float(value) for value in averaged[3][1:3]] == [0.7, 0.7]
+    assert {path.name for path in folder.iterdir()} == {
+        "Platform-v0.csv", "Platform-v0__no-kl.csv", "Platform-v0__averaged-policy.csv", "Goal-v0.csv",
+        "Platform-v0.png", "Platform-v0__ablations.png", "Goal-v0.png", "table.md", "ablations.md",
+    }  # fmt: skip
+
+
+def test_tables_by_hand(runs, tmp_path, capsys):
+    folder = collect(runs, tmp_path / "results")
+    printed = capsys.readouterr().out
+    platform, goal = table_rows(folder / "table.md")
+    assert platform == {
+        "environment": "Platform-v0", "column": "return", "paper": "0.98 ± 0.01", "CHDP": "0.997",
+        "ours": "0.600 ± 0.245", "ours, averaged policy": "0.650 ± 0.245", "seeds": "3", "steps": "1,200",
+        "evaluation episodes": "100", "each seed (seed)": "0.900 (1), 0.600 (2), 0.300 (10)",
+    }  # fmt: skip
+    assert (goal["column"], goal["paper"], goal["CHDP"]) == ("success", "0.78 ± 0.03", "0.809")
+    assert (goal["ours"], goal["seeds"], goal["evaluation episodes"]) == ("0.750", "1", "50")
+    assert goal["ours, averaged policy"] == "–"
+    averaged, no_kl = table_rows(folder / "ablations.md")
+    assert (no_kl["change"], no_kl["score"], no_kl["seeds"]) == ("no-kl", "0.300 ± 0.200", "2")
+    assert no_kl["unchanged, same seeds"] == "0.750 ± 0.150"
+    assert no_kl["each seed (seed)"] == "0.500 (1), 0.100 (2)"
+    assert averaged["change"] == "averaged-policy"
+    assert (folder / "table.md").read_text() in printed
+    assert (folder / "ablations.md").read_text() in printed
+    (line,) = [line for line in printed.splitlines() if "not finished" in line]
+    assert "hyar_td3__Platform-v0__4 (500 of 1,200 steps)" in line
+    assert "hyar_td3__Platform-v0__5 (0 of 1,200 steps)" in line
+
+
+def test_results_of_several_machines_grow_together(runs, tmp_path, capsys):
+    results = tmp_path / "results"
+    collect(runs, results)
+    elsewhere = tmp_path / "elsewhere"
+    make_run(elsewhere, "hyar_td3__Platform-v0__4", "Platform-v0", 4, curve(ramp(0.2)))
+    make_run(elsewhere, "hyar_td3__Platform-v0__1", "Platform-v0", 1, curve(ramp(0.5)))
+    make_run(elsewhere, "hyar_td3__Platform-v0__2", "Platform-v0", 2, curve(ramp(0.0)[:3]))
+    folder = collect(elsewhere, results)
+    (platform, goal) = table_rows(folder / "table.md")
+    assert platform["each seed (seed)"] == "0.500 (1), 0.600 (2), 0.200 (4), 0.300 (10)"
+    assert goal["ours"] == "0.750"
+    assert goal["evaluation episodes"] == "100"  # the script's default: the run's folder is not here
+    before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    collect(tmp_path / "nothing", results)
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    assert table_rows(folder / "table.md") == [platform, goal]
+
+
+def test_pictures_show_something(runs, tmp_path):
+    folder = collect(runs, tmp_path / "results")
+    for name in ("Platform-v0", "Platform-v0__ablations", "Goal-v0"):
+        assert_picture(folder / f"{name}.png")
+
+
+def test_what_a_picture_says():
+    rows = np.array([[100.0, 0.1, 0.5], [200.0, 0.2, 0.6], [300.0, 0.3, 0.7]])
+    seeds = {1: rows, 2: rows + np.array([0.0, 0.1, 0.1]), 3: rows[:2]}
+    figure = plot.draw_curves("hyar_td3 on Goal-v0", "success", {"ours": seeds}, {"paper": 0.78, "none": np.nan})
+    (axis,) = figure.axes
+    assert (axis.get_title(), axis.get_xlabel()) == ("hyar_td3 on Goal-v0", "environment steps")
+    assert axis.get_ylabel() == "evaluation success rate"
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["ours, 3 seeds", "paper: 0.78"]
+    (mean,) = [line for line in axis.lines if line.get_label() == "ours, 3 seeds"]
+    assert mean.get_xdata().tolist() == [100.0, 200.0]  # as far as all seeds have come
+    assert np.allclose(mean.get_ydata(), [(0.5 + 0.6 + 0.5) / 3, (0.6 + 0.7 + 0.6) / 3])
+    assert len(axis.collections) == 1
+    single = plot.draw_curves("one", "return", {"ours": {1: rows}}, {}).axes[0]
+    assert len(single.collections) == 0
+    assert single.lines[0].get_ydata().tolist() == [0.1, 0.2, 0.3]
+
+
+def test_unfinished_runs_are_drawn_only_if_asked_for(runs, tmp_path):
+    runs_alone = tmp_path / "alone"
+    make_run(runs_alone, "hyar_td3__Platform-v0__4", "Platform-v0", 4, curve(ramp(0.0)[:5]))
+    folder = collect(runs_alone, tmp_path / "results")
+    assert not list(folder.glob("*.png"))
+    collect(runs_alone, tmp_path / "results", unfinished=True)
+    assert_picture(folder / "Platform-v0.png")
+    assert not list(folder.glob("*.csv"))
+    assert table_rows(folder / "table.md") == []
+
+
+@pytest.mark.parametrize("case", ["nothing", "twice"])
+def test_plot_says_what_is_wrong(case, tmp_path, capsys):
+    if case == "twice":
+        for name in ("hyar_td3__Platform-v0__1", "hyar_td3__Platform-v0__2"):
+            make_run(tmp_path / "runs", name, "Platform-v0", 1, curve(ramp(0.0)))
+    with pytest.raises(SystemExit) as exit_:
+        collect(tmp_path / "runs", tmp_path / "results")
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not (tmp_path / "results").exists()
+
+
+def test_plot_from_the_command_line(runs, tmp_path):
+    command = [sys.executable, BENCHMARK / "plot.py", "hyar_td3", "--runs", runs, "--results", tmp_path / "results"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0.600 ± 0.245" in done.stdout
+
+
+# --- the job list and the cluster template ---
+def jobs(**environment):
+    command = ["bash", str(BENCHMARK / "hyar_td3.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return done.stdout.splitlines()
+
+
+def test_jobs_are_valid_commands_with_names_of_their_own():
+    names, environments = [], set()
+    for line in jobs(RUNS="/elsewhere"):
+        words = shlex.split(line)
+        assert words == line.split() and not set(line) & set("*?[]$`;&|<>(){}")  # the template splits at blanks alone
+        assert words[:2] == ["python", "hyar_td3.py"]
+        args = tyro.cli(hyar_td3.Args, args=words[2:])
+        assert args.resume and args.runs_dir == "/elsewhere"
+        assert args.env_id in gym.registry
+        prefix, env_id, seed = args.run_name.split("__")
+        assert (env_id, int(seed)) == (args.env_id, args.seed)
+        plain = hyar_td3.Args(resume=True, runs_dir="/elsewhere", run_name=args.run_name, env_id=env_id, seed=args.seed)
+        assert prefix == "hyar_td3" if args == plain else prefix.startswith("hyar_td3-")
+        names.append(args.run_name)
+        environments.add(env_id)
+    assert len(names) == len(set(names)) > 20
+    assert environments == set(plot.PUBLISHED["hyar_td3"])
+
+
+def test_jobs_go_to_runs_by_default():
+    environment = {name: value for name, value in os.environ.items() if name != "RUNS"}
+    done = subprocess.run(["bash", BENCHMARK / "hyar_td3.sh"], capture_output=True, text=True, env=environment)
+    assert all("--runs-dir runs " in line for line in done.stdout.splitlines())
+
+
+CHILD = """
+import os, pathlib, signal, sys, time
+def stop(number, frame):
+    pathlib.Path(sys.argv[1] + ".stopped").write_text("checkpoint saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_array_template_becomes_the_line_of_its_task(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+    lines = [f"{sys.executable} {tmp_path / 'child.py'} {tmp_path / name}" for name in ("first", "second", "third")]
+    (tmp_path / "jobs.txt").write_text("\n".join(lines) + "\n")
+    command = ["bash", BENCHMARK / "array.sbatch", tmp_path / "jobs.txt"]
+    process = subprocess.Popen(command, env={**os.environ, "SLURM_ARRAY_TASK_ID": "2"})
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "second").exists() and (tmp_path / "second").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    assert int((tmp_path / "second").read_text()) == process.pid  # the training has taken the shell's place
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert (tmp_path / "second.stopped").read_text() == "checkpoint saved"
+    assert not (tmp_path / "first").exists() and not (tmp_path / "third").exists()
+
+
+def test_array_template_has_its_options_before_any_command():
+    lines = (BENCHMARK / "array.sbatch").read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines[:first_command] if line.startswith("#SBATCH")]
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert lines[first_command:] == ['exec $(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")']
+
+
+# --- speed.py ---
+@pytest.fixture(scope="module")
+def agent():
+    """An agent whose latent range has been set, so that some rows are relabelled and others are not."""
+    torch.manual_seed(0)
+    env = hyar_td3.make_env("Platform-v0")
+    agent = hyar_td3.HyARTD3(hyar_td3.resolve(hyar_td3.Args(), env), env, torch.device("cpu"))
+    agent.update_latent_range(batch_of(agent, 500))
+    agent.vae.state_error.fill_(0.133)  # a fifth of the typical error of an untrained VAE on these rows
+    return agent
+
+
+def batch_of(agent, rows):
+    observation, next_observation = torch.rand(2, rows, agent.observation_dim).mul_(2.0).sub_(1.0)
+    k = torch.randint(agent.actions.num_actions, (rows,))
+    latent_action = torch.rand(rows, agent.latent_action_dim).mul_(2.0).sub_(1.0)
+    fresh = torch.rand(rows) < 0.5
+    latent_action[fresh, : agent.embedding_dim] = agent.vae.discrete_embedding().detach()[k[fresh]]
+    x = torch.rand(rows, agent.actions.parameter_dim).mul_(2.0).sub_(1.0)
+    terminated = (torch.rand(rows) < 0.2).float()
+    return hyar_td3.Batch(observation, latent_action, x, k, next_observation, torch.randn(rows), terminated)
+
+
+def flat(*modules):
+    return torch.cat([parameter.detach().flatten() for module in modules for parameter in module.parameters()])
+
+
+def test_plain_update_gives_the_fast_ones_weights(agent):
+    plain = speed.PlainHyARTD3(agent)
+    before = flat(plain.actor, plain.critics)
+    rows = agent.args.policy_frequency * agent.args.batch_size
+    for _ in range(5):
+        batch, noise = batch_of(agent, rows), torch.randn(rows, 2 * agent.latent_action_dim)
+        losses = agent.update(batch, noise)
+        plain.update(batch, noise)
+        assert 0.1 < losses["kept_latent"] < 0.9 and 0.1 < losses["kept_embedding"] < 0.9
+    fast_critics, fast_targets = speed.separate_critics(agent.critic), speed.separate_critics(agent.target_critics)
+    assert (flat(plain.actor, plain.critics) - before).abs().max() > 1e-3
+    for ours, theirs, tolerance in (
+        (agent.actor, plain.actor, 1e-5), (fast_critics, plain.critics, 1e-5),
+        (fast_targets, plain.target_critics, 1e-7), (agent.target_actor, plain.target_actor, 1e-7),
+        (agent.average_actor, plain.average_actor, 1e-7),  # these follow slowly, so they have to be nearer
+    ):  # fmt: skip
+        assert torch.allclose(flat(ours), flat(theirs), rtol=0.0, atol=tolerance)
+
+
+def test_operations_are_those_that_pytorch_counts(agent):
+    rows = agent.args.policy_frequency * agent.args.batch_size
+    batch, noise = batch_of(agent, rows), torch.randn(rows, 2 * agent.latent_action_dim)
+    with FlopCounterMode(display=False) as counter:
+        losses = agent.update(batch, noise)
+    counted = speed.operations_per_update(agent, 1.0 - float(losses["kept_latent"]))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
+    speed.main(
+        speed.Args(
+            "hyar_td3", rounds=1, environment_steps=50, update_cycles=1, random_episodes=30, vae_steps=2,
+            training_steps=140, learning_steps=40, json=tmp_path / "speed.json",
+        )
+    )  # fmt: skip
+    torch.use_deterministic_algorithms(False)
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert figures["environments"]["Platform-v0"]["ratio"] > 1.0
+    assert figures["updates"]["fast"]["updates_per_second"] > 10.0
+    assert 0.05 < figures["updates"]["fast"]["roofline_share"] < 1.0
+    ratio = figures["updates"]["plain"]["milliseconds_per_cycle"] / figures["updates"]["fast"]["milliseconds_per_cycle"]
+    assert figures["updates"]["ratio"] == pytest.approx(ratio)
+    assert figures["learning"]["episode_length"] >= 1.0
+    printed = capsys.readouterr().out
+    for words in ("environment steps/s, original 42-50", "of the roofline", "times plain", "sub-steps/s"):
+        assert words in printed
+
+
+def test_speed_of_an_unknown_script(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        speed.main(speed.Args("nothing"))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no measurement of nothing; there are hyar_td3\n"
+
+
+# --- evaluate.py ---
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a very short run."""
+    args = hyar_td3.Args(
+        runs_dir=str(tmp_path_factory.mktemp("runs")), run_name="tiny", total_timesteps=150, random_episodes=20,
+        vae_pretrain_steps=5, latent_range_samples=50, eval_frequency=75, eval_episodes=2, seed=3,
+    )  # fmt: skip
+    folder = hyar_td3.main(args)
+    torch.use_deterministic_algorithms(False)
+    return folder
+
+
+def test_evaluate_plays_the_saved_policy(trained, capsys):
+    evaluate.main(evaluate.Args(trained, model="model.pt", episodes=5, average=False))
+    printed = capsys.readouterr().out
+    agent = evaluate.load_agent(trained / "model.pt")
+    environments = [hyar_td3.make_env("Platform-v0") for _ in range(5)]
+    result = hyar_td3.evaluate(agent, environments, hyar_td3.episode_seed(12345, 3, stream=3))
+    assert f"return {result['episodic_return']:.3f} ± {result['return_std']:.3f}, success rate 0.000" in printed
+    content = torch.load(trained / "model.pt", weights_only=True)
+    assert torch.equal(flat(agent.actor), torch.cat([value.flatten() for value in content["actor"].values()]))
+
+
+def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
+    seeds = []
+    make_env = hyar_td3.make_env
+
+    class Recorder(gym.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return self.env.reset(seed=seed, options=options)
+
+    monkeypatch.setattr(hyar_td3, "make_env", lambda env_id: Recorder(make_env(env_id)))
+    for seed in (12345, 3):  # also with the run's own seed
+        evaluate.main(evaluate.Args(trained, episodes=20, seed=seed))
+    used = {hyar_td3.episode_seed(3, i, stream) for i in range(1_000) for stream in (0, 1, 2)}
+    assert len(set(seeds)) == 40 and not set(seeds) & used
+
+
+def test_evaluate_fails_below_the_limit(trained, capsys):
+    evaluate.main(evaluate.Args(trained, episodes=2, at_least=-1.0))
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(evaluate.Args(trained, episodes=2, at_least=2.0))
+    assert exit_.value.code == 1
+    assert "is below 2" in capsys.readouterr().out
+
+
+def test_evaluate_from_the_command_line_without_a_model(tmp_path):
+    command = [sys.executable, BENCHMARK / "evaluate.py", tmp_path, "--at-least", "0.9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: there is no model")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_evaluate_of_a_damaged_model(content, tmp_path, capsys):
+    if content is None:
+        torch.save({"actor": {}, "arguments": "{}"}, tmp_path / "best_model.pt")
+    else:
+        (tmp_path / "best_model.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(evaluate.Args(tmp_path))
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(evaluate.Args(tmp_path, episodes=0))
+    assert exit_.value.code == 2
