@@ -15,10 +15,8 @@ Docs: docs/hyar_td3.md
 
 import contextlib
 import copy
-import csv
 import difflib
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -29,7 +27,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
 
@@ -111,6 +109,8 @@ class Args:
     """step of the learning phase at which updates begin"""
     policy_frequency: int = 2
     """critic updates per update of the actor and the targets"""
+    policy_average: float = 5e-4
+    """rate of the moving average of the actor's weights, which is evaluated beside the actor and does not act"""
     random_episodes: int | None = None
     """episodes of the random phase, which the VAE is pre-trained on (default: by environment)"""
     discrete_embedding: Literal["learned", "one-hot"] = "learned"
@@ -167,31 +167,24 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
-@dataclass
 class HybridActionSpace:
     """A `Tuple(Discrete(K), Tuple(Box, ..., Box))` (a Box per action) or `Tuple(Discrete(K), Box)` (one for all).
 
     Inside of the script an action is `(k, x)`: index k in 0..K-1 and parameters x (P,) in [-1, 1], padded with zeros
-    to the largest number of parameters P.
+    to the largest number of parameters P; `mask` (K, P) is 1 where an action has a parameter.
     """
 
-    space: gym.spaces.Tuple
-    num_actions: int = field(init=False)
-    parameter_dims: list[int] = field(init=False)
-    parameter_dim: int = field(init=False)
-    mask: np.ndarray = field(init=False)  # (K, P): 1 where action k has a parameter
-
-    def __post_init__(self) -> None:
+    def __init__(self, space: gym.Space) -> None:
         """Read sizes and bounds. Raises ValueError, with what was expected, for any other space."""
         expected = "hybrid actions expected: Tuple(Discrete, Tuple(Box, ...)) or Tuple(Discrete, Box)"
-        if isinstance(self.space, gym.spaces.Box):
+        if isinstance(space, gym.spaces.Box):
             raise ValueError(f"{expected}, got a Box; for continuous control see sac_ae_pixels.py")
-        if isinstance(self.space, gym.spaces.Discrete):
+        if isinstance(space, gym.spaces.Discrete):
             raise ValueError(f"{expected}, got a Discrete space without parameters; try a DQN")
-        parts = tuple(self.space.spaces) if isinstance(self.space, gym.spaces.Tuple) else ()
+        parts = space.spaces if isinstance(space, gym.spaces.Tuple) else ()
         if len(parts) != 2 or not isinstance(parts[0], gym.spaces.Discrete):
-            raise ValueError(f"{expected}, got {self.space}")
-        self.num_actions = int(parts[0].n)
+            raise ValueError(f"{expected}, got {space}")
+        self.num_actions, self.first = int(parts[0].n), int(parts[0].start)
         self.shared = isinstance(parts[1], gym.spaces.Box)
         self.boxes = [parts[1]] * self.num_actions if self.shared else list(getattr(parts[1], "spaces", ()))
         if len(self.boxes) != self.num_actions or not all(isinstance(box, gym.spaces.Box) for box in self.boxes):
@@ -199,26 +192,21 @@ class HybridActionSpace:
         for k, box in enumerate(self.boxes):
             if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
                 raise ValueError(f"bounded parameters expected, but action {k} has {box}; wrap it with finite bounds")
-        self.parameter_dims = [int(np.prod(box.shape)) for box in self.boxes]
+        self.parameter_dims = [math.prod(box.shape) for box in self.boxes]
         self.parameter_dim = max(self.parameter_dims)
         if self.parameter_dim == 0:
             raise ValueError("no action has a parameter: this is a discrete problem; try a DQN")
-        self.mask = np.zeros((self.num_actions, self.parameter_dim), np.float32)
-        for k, size in enumerate(self.parameter_dims):
-            self.mask[k, :size] = 1.0
-        self.low = [box.low.astype(np.float64).reshape(-1) for box in self.boxes]
-        self.high = [box.high.astype(np.float64).reshape(-1) for box in self.boxes]
-        self.middle = tuple(((box.low + box.high) / 2).astype(box.dtype) for box in self.boxes)
+        self.mask = np.float32(np.arange(self.parameter_dim) < np.array(self.parameter_dims)[:, None])
+        self.bounds = [(box.low.reshape(-1).astype(float), box.high.reshape(-1).astype(float)) for box in self.boxes]
+        self.others = tuple(((box.low + box.high) / 2).astype(box.dtype) for box in self.boxes)
 
     def to_environment(self, k: int, x: np.ndarray) -> tuple[int, Any]:
         """The environment's own form of action `k` with parameters `x` (P,) in [-1, 1]."""
-        box, low, high = self.boxes[k], self.low[k], self.high[k]
-        scaled = low + (high - low) * (x[: self.parameter_dims[k]].astype(np.float64) + 1.0) / 2.0
-        parameters = np.clip(scaled, low, high).astype(box.dtype).reshape(box.shape)
-        k_environment = k + int(self.space.spaces[0].start)
-        if self.shared:
-            return k_environment, parameters
-        return k_environment, self.middle[:k] + (parameters,) + self.middle[k + 1 :]  # the others are not read
+        box, (low, high) = self.boxes[k], self.bounds[k]
+        scaled = low + (high - low) * (x[: len(low)].astype(float) + 1.0) / 2.0
+        parameters = scaled.clip(low, high).astype(box.dtype).reshape(box.shape)
+        # Other actions' parameters are not read by the environment: any value inside of their bounds will do.
+        return k + self.first, parameters if self.shared else (*self.others[:k], parameters, *self.others[k + 1 :])
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -227,15 +215,13 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.make(env_id, render_mode=render_mode)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; ids look like Platform-v0 or package:Name-v0"
-        raise ValueError(f"unknown environment {env_id} ({str(error).splitlines()[0].rstrip('.')}){hint}") from None
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like Platform-v0 or package:Name-v0"
+        raise ValueError(f"unknown environment {env_id} ({str(error).splitlines()[0].rstrip('.')}); {hint}") from None
     except Exception as error:  # whatever a third party's environment raises, it is about this id
         raise ValueError(f"could not make {env_id}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     if not isinstance(env.observation_space, gym.spaces.Box):
-        raise ValueError(
-            f"a Box observation expected, {env_id} has {type(env.observation_space).__name__}; "
-            "try gymnasium.wrappers.FlattenObservation in your own environment id"
-        )
+        kind = type(env.observation_space).__name__
+        raise ValueError(f"a Box observation expected, {env_id} has {kind}; try gymnasium's FlattenObservation on it")
     HybridActionSpace(env.action_space)
     return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
@@ -254,25 +240,24 @@ class HybridActionVAE(nn.Module):
         """`kind` is "learned" (a table K x d1, trained by this VAE's loss) or "one-hot" (fixed, d1 = K)."""
         super().__init__()
         self.kind, hidden = kind, 256
+
+        def two_layers() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True))
+
         if kind == "one-hot":
             self.register_buffer("embedding_table", torch.eye(num_actions))
         else:
             self.embedding_table = nn.Parameter(torch.empty(num_actions, embedding_dim).uniform_(-1.0, 1.0))
         self.encoder_condition = nn.Linear(observation_dim + embedding_dim, hidden)
         self.encoder_parameters = nn.Linear(parameter_dim, hidden)
-        self.encoder_hidden = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
-        )
+        self.encoder_hidden = two_layers()
         self.encoder_heads = nn.Linear(hidden, 2 * latent_dim)  # mean and log standard deviation
         self.decoder_condition = nn.Linear(observation_dim + embedding_dim, hidden)
         self.decoder_latent = nn.Linear(latent_dim, hidden)
-        self.decoder_hidden = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
-        )
+        self.decoder_hidden = two_layers()
         self.parameter_head = nn.Linear(hidden, parameter_dim)
-        self.state_head = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, observation_dim)
-        )  # cascaded after the decoder's trunk (equation 5)
+        # Cascaded after the decoder's trunk (equation 5).
+        self.state_head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, observation_dim))
         self.register_buffer("latent_low", -torch.ones(latent_dim))
         self.register_buffer("latent_high", torch.ones(latent_dim))
         self.register_buffer("state_error", torch.zeros(()))  # mean squared error of the predicted state change
@@ -432,10 +417,8 @@ class ReplayBuffer:
     def sample(self, low: int, batch_size: int, device: torch.device) -> Batch:
         """Rows drawn uniformly from the `low`-th to the newest, with replacement."""
         rows = self.rows[torch.randint(low, self.size, (batch_size,))].to(device)
-        observation, latent_action, x, k, next_observation, reward, terminated = rows.split(self.widths, 1)
-        return Batch(
-            observation, latent_action, x, k[:, 0].long(), next_observation, reward[:, 0], terminated[:, 0]
-        )  # fmt: skip
+        batch = Batch(*rows.split(self.widths, 1))
+        return batch._replace(k=batch.k[:, 0].long(), reward=batch.reward[:, 0], terminated=batch.terminated[:, 0])
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -462,6 +445,7 @@ class HyARTD3:
         self.actor = Actor(*sizes).to(device)
         self.critic = TwinCritic(*sizes).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critic).requires_grad_(False)
         self.vae = HybridActionVAE(
             self.observation_dim, self.actions.num_actions, self.actions.parameter_dim,
@@ -471,7 +455,8 @@ class HyARTD3:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
         self.vae_optimizer = torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True)
-        self.online = [*self.actor.parameters(), *self.critic.parameters()]
+        self.online = [*self.actor.parameters(), *self.critic.parameters()]  # in the order of self.targets
+        self.average, self.actor_updates = list(self.average_actor.parameters()), 0
         self.targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
 
     def fit_observation_scale(self, observations: np.ndarray) -> None:
@@ -485,13 +470,14 @@ class HyARTD3:
         return (observation.astype(np.float32) - self.center) / self.scale
 
     @torch.no_grad()
-    def act(self, observation: np.ndarray, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def act(self, observation: np.ndarray, noise: float = 0.0, average: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P), on the CPU.
 
-        `observation` (N, S) is scaled; `noise` is the standard deviation of the exploration noise.
+        `observation` (N, S) is scaled; `noise` is the standard deviation of the exploration noise; `average` takes the
+        actor's moving average.
         """
         state = torch.from_numpy(observation).to(self.device)
-        latent_action = self.actor(state)
+        latent_action = (self.average_actor if average else self.actor)(state)
         if noise > 0.0:
             latent_action = (latent_action + noise * torch.randn_like(latent_action)).clamp_(-1.0, 1.0)
         k = self.vae.select_discrete_action(latent_action[:, : self.embedding_dim])
@@ -586,6 +572,9 @@ class HyARTD3:
         self.actor_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+            self.actor_updates += 1  # the mean of all actors so far, until there are 1 / policy_average of them
+            rate = max(self.args.policy_average, 1.0 / self.actor_updates)
+            torch._foreach_lerp_(self.average, self.online[: len(self.average)], rate)
         return {"actor": -value.detach(), "actor_gradient_norm": norm.detach()}
 
     def update(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -615,7 +604,7 @@ class HyARTD3:
 
     def modules(self) -> dict[str, nn.Module]:
         """All networks by name."""
-        names = "actor", "critic", "target_actor", "target_critics", "vae"
+        names = "actor", "average_actor", "critic", "target_actor", "target_critics", "vae"
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -625,6 +614,7 @@ class HyARTD3:
             **{name: module.state_dict() for name, module in self.modules().items()},
             **{name: getattr(self, name).state_dict() for name in names},
             "initial_embedding": self.initial_embedding,
+            "actor_updates": self.actor_updates,
             "center": torch.from_numpy(self.center),
             "scale": torch.from_numpy(self.scale),
         }
@@ -634,14 +624,14 @@ class HyARTD3:
         for name, part in state.items():
             if name in ("center", "scale"):
                 setattr(self, name, part.cpu().numpy())
-            elif name == "initial_embedding":
-                self.initial_embedding = part
+            elif name in ("initial_embedding", "actor_updates"):
+                setattr(self, name, part)
             else:
                 getattr(self, name).load_state_dict(part)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int) -> dict[str, float]:
+def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int, average: bool = False) -> dict[str, float]:
     """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
 
     Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
@@ -652,7 +642,7 @@ def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int) -> dict[str
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
     active = list(range(count))
     while active:
-        _, ks, xs = agent.act(agent.scale_observation(np.stack([observations[i] for i in active])))
+        _, ks, xs = agent.act(agent.scale_observation(np.stack([observations[i] for i in active])), average=average)
         running = []
         for i, k, x in zip(active, ks.tolist(), xs.numpy(), strict=True):
             action = agent.actions.to_environment(k, x)
@@ -673,7 +663,7 @@ def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int) -> dict[str
 
 
 def record_videos(agent: HyARTD3, args: Args, folder: Path, step: int, episodes: int = 3) -> list[Path]:
-    """Write mp4 videos of the first evaluation episodes and return their paths."""
+    """Write mp4 videos of the averaged policy's first evaluation episodes and return their paths."""
     env = gym.wrappers.RecordVideo(
         make_env(args.env_id, render_mode="rgb_array"),
         str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}", disable_logger=True,
@@ -681,7 +671,7 @@ def record_videos(agent: HyARTD3, args: Args, folder: Path, step: int, episodes:
     for i in range(episodes):
         observation, done = env.reset(seed=episode_seed(args.seed, i, stream=1))[0], False
         while not done:
-            _, k, x = agent.act(agent.scale_observation(observation)[None])
+            _, k, x = agent.act(agent.scale_observation(observation)[None], average=True)
             observation, _, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x[0].numpy()))
             done = terminated or truncated
     env.close()
@@ -707,7 +697,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Run:
@@ -732,12 +722,11 @@ class Run:
         except OSError as error:
             usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
         if self.checkpoint is None:
-            commit = subprocess.run(
-                f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD", shell=True, capture_output=True, text=True
-            )
+            git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+            commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
             about = {
                 "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
-                "commit": commit.stdout.strip() or None, "python": sys.version.split()[0],
+                "commit": commit, "python": sys.version.split()[0],
                 "packages": {d.name: d.version for d in importlib.metadata.distributions()},
             }  # fmt: skip
             write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
@@ -747,12 +736,17 @@ class Run:
         if args.track:
             import wandb
 
-            self.wandb = wandb
-            wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
-                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
-            )  # fmt: skip
+            try:
+                wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                if self.checkpoint is None:
+                    shutil.rmtree(self.folder)
+                usage_error(f"wandb: {str(error).splitlines()[0]}; run `wandb login`, or set WANDB_MODE=offline")
             wandb.define_metric("*", step_metric="global_step")
+            self.wandb = wandb
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
@@ -780,12 +774,9 @@ class Run:
 
     def write_evaluations(self) -> None:
         """Write all evaluations so far to `eval.csv`."""
-        text = io.StringIO()
-        if self.eval_rows:
-            writer = csv.DictWriter(text, list(self.eval_rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.eval_rows)
-        write_atomically(self.folder / "eval.csv", lambda file: file.write(text.getvalue().encode()))
+        rows = [row.values() for row in self.eval_rows]
+        lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
+        write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
 
     def log_figure(self, step: int, name: str, figure: Any) -> None:
         """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
@@ -811,13 +802,14 @@ class Run:
             self.shown = now
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                print(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}", flush=True)
+                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
+                print(f"{self.name}: {done}, {text}", flush=True)
 
     def steps_per_second(self, step: int) -> float:
         """Environment steps per second since the last call."""
-        now, before, self.window_time = time.monotonic(), self.window_time, time.monotonic()
+        then, self.window_time = self.window_time, time.monotonic()
         steps, self.window_step = step - self.window_step, step
-        return steps / max(now - before, 1e-9)
+        return steps / max(self.window_time - then, 1e-9)
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
         """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
@@ -845,7 +837,7 @@ class Run:
             damaged, reason = path if path.exists() else about, type(error).__name__
             usage_error(f"{damaged} is damaged ({reason}); restore a copy, or start again with another --run-name")
         if script != Path(__file__).stem:
-            usage_error(f"{self.folder} is a run of {script}.py, not of {Path(__file__).name}; choose another --run-name")
+            usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
         changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
         if changed:
             listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
@@ -898,79 +890,78 @@ def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]
 
 @torch.no_grad()
 def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Figure]:
-    """Four pictures of the latent action space in one state: `observation` (S,) is scaled.
+    """Three pictures of the latent action space in one state, `observation` (S,), scaled; at most 6 actions are shown.
 
-    The map of decoded parameters over the two most informative latent dimensions, an interpolation between two latent
-    actions, alternatives sampled from the prior and around one z. Own random generator; at most 6 actions are shown.
+    The map of decoded parameters over the two most informative latent dimensions, alternatives sampled from the prior
+    and around the policy's z (with a random generator of their own), an interpolation between two latent actions.
     """
-    vae, device, dims = agent.vae, agent.device, agent.actions.parameter_dims
-    generator = torch.Generator().manual_seed(0)
+    vae, dims, generator = agent.vae, agent.actions.parameter_dims, torch.Generator().manual_seed(0)
     shown = [k for k in range(agent.actions.num_actions) if dims[k] > 0][:6]
     panels = [(k, p) for k in shown for p in range(dims[k])]
-    first, second = (vae.latent_information.cpu().argsort(descending=True)[:2].tolist() * 2)[:2]
+    titles = [f"action {k}, parameter {p}" for k, p in panels]
 
-    def decode(k: Tensor, z: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters (N, P) and state changes (N, S) of actions k (N,) with the policy's z (N, d2)."""
-        states = torch.from_numpy(observation).expand(len(z), -1).to(device)
-        k, z = k.to(device), z.to(device)
-        return vae.select_parameter_action(states, k, z).cpu().numpy(), vae.select_delta_state(states, k, z).cpu().numpy()
+    def decode(k: Tensor | int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters (N, P) and state changes (N, S) of actions k with the policy's z (N, d2)."""
+        states, z = torch.from_numpy(observation).expand(len(z), -1).to(agent.device), z.to(agent.device)
+        k = torch.as_tensor(k, device=agent.device).expand(len(z))
+        return vae.select_parameter_action(states, k, z).cpu(), vae.select_delta_state(states, k, z).cpu()
 
-    figures = {}
-    grid = torch.linspace(-1, 1, 41)
-    z = torch.zeros(41 * 41, agent.latent_dim)
+    ranked = vae.latent_information.argsort(descending=True).tolist()
+    first, second = ranked[0], ranked[min(1, len(ranked) - 1)]
+    grid, z = torch.linspace(-1.0, 1.0, 41), torch.zeros(41 * 41, agent.latent_dim)
     z[:, second], z[:, first] = grid.repeat_interleave(41), grid.repeat(41)
-    figure, axes = new_figure(1, len(panels), "Latent action map: decoded parameter, other dimensions of z at 0")
-    for axis, (k, p) in zip(axes[0], panels, strict=True):
-        parameters, _ = decode(torch.full((len(z),), k), z)
-        image = axis.imshow(
-            parameters[:, p].reshape(41, 41), origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1, cmap="coolwarm"
-        )
-        axis.set(title=f"action {k}, parameter {p}", xlabel=f"z[{first}]", ylabel=f"z[{second}]")
-    figure.colorbar(image, ax=axes, label="parameter in [-1, 1]")
-    figures["latent_action_map"] = figure
+    latent_map, axes = new_figure(1, len(panels), "Latent action map: decoded parameter, other dimensions of z at 0")
+    for axis, (k, p), title in zip(axes[0], panels, titles, strict=True):
+        values = decode(k, z)[0][:, p].reshape(41, 41)
+        image = axis.imshow(values, cmap="coolwarm", origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1)
+        axis.set(title=title, xlabel=f"z[{first}]", ylabel=f"z[{second}]")
+    latent_map.colorbar(image, ax=axes, label="parameter in [-1, 1]")
 
-    table, share = vae.discrete_embedding().cpu(), torch.linspace(0, 1, 101)[:, None]
-    start, end = torch.full((agent.latent_dim,), -1.0), torch.full((agent.latent_dim,), 1.0)
-    path = torch.lerp(torch.cat((table[shown[0]], start)), torch.cat((table[shown[-1]], end)), share)
-    k = vae.select_discrete_action(path[:, : agent.embedding_dim].to(device)).cpu()
+    alternatives, axes = new_figure(1, len(panels), "Parameters decoded from the prior and from around the policy's z")
+    own = agent.act(observation[None])[0][0, agent.embedding_dim :]
+    near = (own + 0.1 * torch.randn(500, agent.latent_dim, generator=generator)).clamp(-1.0, 1.0)
+    prior = vae.to_policy(torch.randn(500, agent.latent_dim, generator=generator).to(agent.device))
+    for axis, (k, p), title in zip(axes[0], panels, titles, strict=True):
+        for name, samples in (("prior", prior), ("policy's z + N(0, 0.1)", near)):
+            axis.hist(decode(k, samples)[0][:, p].numpy(), np.linspace(-1, 1, 41), alpha=0.6, label=name)
+        axis.set(title=title, xlabel="parameter in [-1, 1]", ylabel="samples of 500")
+    axes[0, 0].legend(fontsize=8)
+
+    table, share = vae.discrete_embedding().cpu(), torch.linspace(0.0, 1.0, 101)[:, None]
+    ends = [torch.cat((table[k], torch.full((agent.latent_dim,), z))) for k, z in ((shown[0], -1.0), (shown[-1], 1.0))]
+    path = torch.lerp(*ends, share)
+    k = vae.select_discrete_action(path[:, : agent.embedding_dim].to(agent.device)).cpu()
     parameters, change = decode(k, path[:, agent.embedding_dim :])
-    figure, axes = new_figure(1, 3, f"From action {shown[0]}, z = -1 to action {shown[-1]}, z = 1")
+    largest = np.argsort(-np.ptp(change.numpy(), axis=0))[:5].tolist()
+    title = f"On the way from action {shown[0]}, z = -1 to action {shown[-1]}, z = 1"
+    interpolation, axes = new_figure(1, 3, title)
     axes[0, 0].plot(share, k, drawstyle="steps-mid")
-    axes[0, 0].set(title="decoded discrete action", xlabel="share of the way", yticks=sorted(set(k.tolist())))
+    axes[0, 0].set(ylabel="decoded discrete action", yticks=sorted(set(k.tolist())))
     axes[0, 1].plot(share, parameters, label=[f"parameter {p}" for p in range(parameters.shape[1])])
-    axes[0, 1].set(title="decoded parameters", xlabel="share of the way", ylim=(-1.05, 1.05))
-    largest = np.argsort(-np.ptp(change, axis=0))[:5]
+    axes[0, 1].set(ylabel="decoded parameters", ylim=(-1.05, 1.05))
     axes[0, 2].plot(share, change[:, largest], label=[f"observation {i}" for i in largest])
-    axes[0, 2].set(title="predicted state change (scaled)", xlabel="share of the way")
+    axes[0, 2].set(ylabel="predicted state change (scaled)")
+    for axis in axes[0]:
+        axis.set(xlabel="share of the way")
     for axis in axes[0, 1:]:
         axis.legend(fontsize=8)
-    figures["latent_interpolation"] = figure
-
-    figure, axes = new_figure(1, len(panels), "Alternatives: parameters decoded from the prior and around the policy's z")
-    latent_action, _, _ = agent.act(observation[None])
-    around = latent_action[0, agent.embedding_dim :] + 0.1 * torch.randn(500, agent.latent_dim, generator=generator)
-    prior = vae.to_policy(torch.randn(500, agent.latent_dim, generator=generator).to(device)).cpu()
-    for axis, (k, p) in zip(axes[0], panels, strict=True):
-        for name, samples in (("prior", prior), ("around z", around.clamp(-1, 1))):
-            axis.hist(decode(torch.full((500,), k), samples)[0][:, p], np.linspace(-1, 1, 41), alpha=0.6, label=name)
-        axis.set(title=f"action {k}, parameter {p}", xlabel="parameter in [-1, 1]", ylabel="samples of 500")
-    axes[0, 0].legend(fontsize=8)
-    figures["latent_alternatives"] = figure
-    return figures
+    names = "latent_action_map", "latent_alternatives", "latent_interpolation"
+    return dict(zip(names, (latent_map, alternatives, interpolation), strict=True))
 
 
 def draw_embedding(history: list[Tensor]) -> Figure:
-    """The embedding table (K, d1) in its two main directions, and each action's path since the start."""
-    tables = torch.stack([*history]).double()
-    flat = tables.reshape(-1, tables.shape[-1])
-    _, _, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    paths = ((tables - flat.mean(0)) @ directions[:2].T).numpy()  # (evaluations, K, 2)
-    figure, axes = new_figure(1, 1, "Embedding of the discrete actions (two main directions)")
+    """The embedding tables (K, d1) of a run in two main directions: each action's path since the start."""
+    tables = torch.stack(history).cpu().double()
+    centered = tables - tables.mean((0, 1))
+    directions = torch.linalg.svd(centered.flatten(0, 1), full_matrices=False).Vh
+    paths = (centered @ directions[:2].T).numpy()  # (evaluations, K, 2)
+    figure, axes = new_figure(1, 1, "Embedding of the discrete actions")
     for k in range(min(paths.shape[1], 64)):
-        axes[0, 0].plot(paths[:, k, 0], paths[:, k, -1], color=f"C{k % 10}", linewidth=1)
-        axes[0, 0].scatter(*paths[-1, k, [0, -1]], color=f"C{k % 10}", s=30)
-        axes[0, 0].annotate(f"action {k}", paths[-1, k, [0, -1]], textcoords="offset points", xytext=(6, 4))
-    axes[0, 0].set(xlabel="first direction", ylabel="second direction")
+        x, y = paths[:, k, 0], paths[:, k, -1]
+        axes[0, 0].plot(x, y, color=f"C{k % 10}", linewidth=1)
+        axes[0, 0].scatter(x[-1:], y[-1:], color=f"C{k % 10}", s=30)
+        axes[0, 0].annotate(f"action {k}", (x[-1], y[-1]), textcoords="offset points", xytext=(6, 4))
+    axes[0, 0].set(xlabel="first main direction", ylabel="second main direction")
     axes[0, 0].margins(0.25)
     return figure
 
@@ -996,24 +987,21 @@ def resolve(args: Args, env: gym.Env) -> Args:
             setattr(args, name, value)
     if args.discrete_embedding == "one-hot":
         args.discrete_latent_dim = HybridActionSpace(env.action_space).num_actions
-    zero_allowed = {
-        "seed", "tau", "policy_noise", "noise_clip", "exploration_noise", "exploration_noise_start", "vae_pretrain_steps",
-        "vae_update_start", "parameter_weight", "state_weight", "kl_weight", "latent_range_tail", "relabel_threshold",
+    at_least_one = {
+        "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "buffer_size", "batch_size",
+        "policy_frequency", "exploration_noise_episodes", "random_episodes", "discrete_latent_dim",
+        "parameter_latent_dim", "vae_batch_size", "vae_update_episodes", "latent_range_samples",
     }  # fmt: skip
     for name, value in asdict(args).items():
-        if not isinstance(value, bool) and isinstance(value, int | float):
-            flag = "--" + name.replace("_", "-")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_allowed):
-                least = "0 or more" if name in zero_allowed else "more than 0"
-                raise ValueError(f"{flag} {value}: a number of {least} expected")
+        least = 1 if name in at_least_one else 0
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
     for name, limit in (("gamma", 1.0), ("tau", 1.0), ("latent_range_tail", 0.49)):
         if getattr(args, name) > limit:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
     if args.total_timesteps < args.learning_starts:
-        raise ValueError(
-            f"--total-timesteps {args.total_timesteps} is below --learning-starts {args.learning_starts}: "
-            "nothing would be learnt; raise the first or lower the second"
-        )
+        flags = f"--total-timesteps {args.total_timesteps} is below --learning-starts {args.learning_starts}"
+        raise ValueError(f"{flags}: nothing would be learnt; raise the first or lower the second")
     return args
 
 
@@ -1114,12 +1102,13 @@ def main(args: Args) -> Path:
         for k, *x in episode_actions:  # replay the interrupted episode up to here
             observation = env.step(agent.actions.to_environment(int(k), np.array(x, np.float32)))[0]
         if not np.array_equal(observation, state["observation"].numpy()):
-            print(f"episode {episode} did not replay to the saved observation: the next one starts here", file=sys.stderr)
+            print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []
             observation = reset_episode(env, args, episode)
         run.restore_random_state()
 
     scaled, losses = agent.scale_observation(observation), {}
+    mean_return = float(np.mean(recent_returns or [math.nan]))
     for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
         decay = min(1.0, episode / args.exploration_noise_episodes)
         noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
@@ -1141,6 +1130,7 @@ def main(args: Args) -> Path:
 
         if terminated or truncated:
             recent_returns.append(episode_return)
+            mean_return = sum(recent_returns) / len(recent_returns)
             episode += 1
             if episode >= args.vae_update_start and episode % args.vae_update_episodes == 0:
                 batch = buffer.sample(0, args.vae_batch_size, device)
@@ -1151,27 +1141,30 @@ def main(args: Args) -> Path:
             scaled = agent.scale_observation(observation)
 
         last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
-        run.progress(step, f"return {np.mean(recent_returns or [math.nan]):.3f}")
+        run.progress(step, f"return {mean_return:.3f}")
         if step % 1_000 == 0 or last or run.signal or step % args.checkpoint_frequency == 0:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()} | agent.statistics())
             run.log(step, {
-                "charts/episodic_return": np.mean(recent_returns or [math.nan]), "charts/episodes": episode,
+                "charts/episodic_return": mean_return, "charts/episodes": episode,
                 "charts/SPS": run.steps_per_second(step), "charts/exploration_noise": noise,
             })  # fmt: skip
         if evaluating or last:
             metrics = evaluate(agent, evaluation_envs, args.seed)
+            averaged = evaluate(agent, evaluation_envs, args.seed, average=True)
+            metrics |= {f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
             run.log_evaluation(step, metrics)
             embedding_history.append(agent.vae.discrete_embedding().detach().clone())
-            if metrics["episodic_return"] > best_return:
-                best_return = metrics["episodic_return"]
+            if metrics["average_episodic_return"] > best_return:
+                best_return = metrics["average_episodic_return"]
                 save_model(agent, args, run.folder / "best_model.pt")
         if step % args.checkpoint_frequency == 0 or last or run.signal:
             run.save_checkpoint(step, {
-                "episode": episode, "updates_due": updates_due, "episode_return": episode_return, "best_return": best_return,
-                "episode_actions": episode_actions, "observation": torch.from_numpy(observation.copy()),
-                "embedding_history": embedding_history, "recent_returns": list(recent_returns),
                 "agent": agent.state_dict(), "rows": buffer.rows[: buffer.size], "random_size": buffer.random_size,
+                "episode": episode, "episode_actions": episode_actions, "episode_return": episode_return,
+                "observation": torch.from_numpy(observation.copy()), "updates_due": updates_due,
+                "best_return": best_return, "recent_returns": list(recent_returns),
+                "embedding_history": embedding_history,
             })  # fmt: skip
         if run.signal and not last:
             run.stop()
@@ -1187,8 +1180,10 @@ def main(args: Args) -> Path:
         run.log_videos(args.total_timesteps, record_videos(agent, args, run.folder, args.total_timesteps))
     run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
     run.close()
-    score = np.mean([row["episodic_return"] for row in run.eval_rows[-10:]])
-    print(f"mean return of the last {len(run.eval_rows[-10:])} evaluations: {score:.3f}; run folder: {run.folder}")
+    score, averaged = np.mean(
+        [[row["episodic_return"], row["average_episodic_return"]] for row in run.eval_rows[-10:]], 0
+    )
+    print(f"mean return of the last 10 evaluations: {score:.3f}, averaged policy {averaged:.3f}; see {run.folder}")
     return run.folder
 
 
