@@ -212,13 +212,13 @@ class HybridActionSpace:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Make the environment. Raises ValueError with one line, if it is unknown or its spaces do not fit."""
     try:
-        env = gym.make(env_id, render_mode=render_mode)
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like Platform-v0 or package:Name-v0"
-        raise ValueError(f"unknown environment {env_id} ({str(error).splitlines()[0].rstrip('.')}); {hint}") from None
+        raise ValueError(f"unknown environment {env_id} ({str(error).rstrip('.')}); {hint}") from None
     except Exception as error:  # whatever a third party's environment raises, it is about this id
-        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {error}") from None
     if not isinstance(env.observation_space, gym.spaces.Box):
         kind = type(env.observation_space).__name__
         raise ValueError(f"a Box observation expected, {env_id} has {kind}; try gymnasium's FlattenObservation on it")
@@ -360,8 +360,8 @@ class TwinCritic(nn.Module):
         inputs = observation_dim + latent_action_dim
         twins = [[nn.Linear(*size) for size in ((inputs, 256), (256, 256), (256, 1))] for _ in range(2)]
         first, middle, last = ([twin[i] for twin in twins] for i in range(3))
-        self.weight1 = nn.Parameter(torch.cat([layer.weight.detach().T for layer in first], 1))  # (inputs, 2 * 256)
-        self.bias1 = nn.Parameter(torch.cat([layer.bias.detach() for layer in first]))
+        self.weight1 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in first]))  # (2, inputs, 256)
+        self.bias1 = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in first]))
         self.weight2 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in middle]))  # (2, 256, 256)
         self.bias2 = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in middle]))
         self.weight3 = nn.Parameter(torch.stack([layer.weight.detach() for layer in last]))  # (2, 1, 256)
@@ -369,14 +369,15 @@ class TwinCritic(nn.Module):
 
     def forward(self, observation: Tensor, latent_action: Tensor) -> Tensor:
         """Both values (2, B)."""
-        hidden = torch.addmm(self.bias1, torch.cat((observation, latent_action), 1), self.weight1).relu_()
-        hidden = torch.baddbmm(self.bias2, hidden.view(-1, 2, 256).transpose(0, 1), self.weight2).relu_()
+        inputs = torch.cat((observation, latent_action), 1).expand(2, -1, -1)
+        hidden = torch.baddbmm(self.bias1, inputs, self.weight1).relu_()
+        hidden = torch.baddbmm(self.bias2, hidden, self.weight2).relu_()
         return (hidden * self.weight3).sum(2) + self.bias3
 
     def first(self, observation: Tensor, latent_action: Tensor) -> Tensor:
         """The first value alone (B,), which the actor climbs."""
         inputs = torch.cat((observation, latent_action), 1)
-        hidden = torch.addmm(self.bias1[:256], inputs, self.weight1[:, :256]).relu_()
+        hidden = torch.addmm(self.bias1[0], inputs, self.weight1[0]).relu_()
         hidden = torch.addmm(self.bias2[0], hidden, self.weight2[0]).relu_()
         return hidden @ self.weight3[0, 0] + self.bias3[0]
 
@@ -434,8 +435,10 @@ class HyARTD3:
         self.embedding_dim = args.discrete_latent_dim
         self.latent_dim = args.parameter_latent_dim
         self.latent_action_dim = self.embedding_dim + self.latent_dim
-        # The scaling to [-1, 1]; `fit_observation_scale` replaces what is unbounded, e.g. +-inf or float32's limits.
-        low, high = (bound.astype(np.float64).reshape(-1) for bound in (space.low, space.high))
+        # The scaling to [-1, 1], by the space's bounds or by the narrower ones that the environment gives as customary.
+        # `fit_observation_scale` replaces what is unbounded, e.g. +-inf or float32's limits.
+        low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
+        high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
         self.unbounded = (low < -1e6) | (high > 1e6) | (low == high)
         self.center = np.where(self.unbounded, 0.0, (low + high) / 2).astype(np.float32)
         self.scale = np.where(self.unbounded, 1.0, (high - low) / 2).astype(np.float32)
@@ -461,7 +464,8 @@ class HyARTD3:
 
     def fit_observation_scale(self, observations: np.ndarray) -> None:
         """Normalise unbounded dimensions by the mean and deviation of these observations (N, S), for good."""
-        mean, std = observations.mean(0), observations.std(0) + 1e-6
+        mean, std = observations.mean(0, dtype=np.float64), observations.std(0, dtype=np.float64)
+        std[std < 1e-6] = 1.0  # never moved: no measure of how far it may go
         self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
         self.scale = np.where(self.unbounded, std, self.scale).astype(np.float32)
 
@@ -469,7 +473,7 @@ class HyARTD3:
         """Observations (..., S) of the environment as the networks see them, float32."""
         return (observation.astype(np.float32) - self.center) / self.scale
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, observation: np.ndarray, noise: float = 0.0, average: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P), on the CPU.
 
@@ -542,9 +546,11 @@ class HyARTD3:
         relabel_noise, smoothing = noise.chunk(2, 1)
         latent_action, kept = self.relabel(batch, relabel_noise) if args.relabel else (batch.latent_action, {})
         smoothing = (args.policy_noise * smoothing).clamp_(-args.noise_clip, args.noise_clip)
-        next_action = (self.target_actor(batch.next_observation) + smoothing).clamp_(-1.0, 1.0)
-        next_value = self.target_critics(batch.next_observation, next_action).amin(0)
-        return latent_action, batch.reward + args.gamma * (1.0 - batch.terminated) * next_value, kept
+        rows = (batch.terminated == 0.0).nonzero()[:, 0]  # what has ended has no next value
+        following = batch.next_observation[rows]
+        next_action = (self.target_actor(following) + smoothing[rows]).clamp_(-1.0, 1.0)
+        next_value = self.target_critics(following, next_action).amin(0)
+        return latent_action, batch.reward.index_add(0, rows, next_value, alpha=args.gamma), kept
 
     def update_critic(self, observation: Tensor, latent_action: Tensor, target: Tensor) -> dict[str, Tensor]:
         """One step of both critics towards `target` (B,)."""
@@ -613,7 +619,6 @@ class HyARTD3:
         return {
             **{name: module.state_dict() for name, module in self.modules().items()},
             **{name: getattr(self, name).state_dict() for name in names},
-            "initial_embedding": self.initial_embedding,
             "actor_updates": self.actor_updates,
             "center": torch.from_numpy(self.center),
             "scale": torch.from_numpy(self.scale),
@@ -624,8 +629,8 @@ class HyARTD3:
         for name, part in state.items():
             if name in ("center", "scale"):
                 setattr(self, name, part.cpu().numpy())
-            elif name in ("initial_embedding", "actor_updates"):
-                setattr(self, name, part)
+            elif name == "actor_updates":
+                self.actor_updates = part
             else:
                 getattr(self, name).load_state_dict(part)
 
@@ -681,7 +686,7 @@ def record_videos(agent: HyARTD3, args: Args, folder: Path, step: int, episodes:
 # --- run folder, logging, checkpoints: the same text in every script ---
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
     raise SystemExit(2)
 
 
@@ -732,7 +737,7 @@ class Run:
             write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
             shutil.copy(__file__, self.folder / Path(__file__).name)
         step = self.checkpoint["step"] if self.checkpoint else 0
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         if args.track:
             import wandb
 
@@ -744,7 +749,7 @@ class Run:
             except wandb.errors.Error as error:
                 if self.checkpoint is None:
                     shutil.rmtree(self.folder)
-                usage_error(f"wandb: {str(error).splitlines()[0]}; run `wandb login`, or set WANDB_MODE=offline")
+                usage_error(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline")
             wandb.define_metric("*", step_metric="global_step")
             self.wandb = wandb
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -831,6 +836,8 @@ class Run:
             elif about.exists():
                 recorded = json.loads(about.read_text())
                 script, arguments = recorded["script"], recorded["arguments"]
+            elif not {path.name for path in self.folder.iterdir()} - {"args.json.tmp"}:
+                return  # killed before anything was written
             else:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
         except Exception as error:  # a damaged file raises nearly anything
@@ -1013,9 +1020,11 @@ def check_finite(run: Run, reward: float, observation: np.ndarray, step: int, ar
         run.fail(f"step {step}: {what} is not finite, in the episode with reset seed {seed}")
 
 
-def reset_episode(env: gym.Env, args: Args, episode: int) -> np.ndarray:
+def reset_episode(env: gym.Env, args: Args, episode: int, run: Run, step: int = 0) -> np.ndarray:
     """The first observation of an episode of the learning phase; those of the random phase have smaller indices."""
-    return env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
+    observation = env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
+    check_finite(run, 0.0, observation, step, args, episode)
+    return observation
 
 
 def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBuffer:
@@ -1026,14 +1035,14 @@ def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBu
     generator = np.random.default_rng(episode_seed(args.seed, 0, stream=2))
     actions, transitions = agent.actions, []
     for episode in range(-args.random_episodes, 0):
-        observation, done = reset_episode(env, args, episode), False
+        observation, done = reset_episode(env, args, episode, run), False
         while not done:
             k = int(generator.integers(actions.num_actions))
             x = generator.uniform(-1.0, 1.0, actions.parameter_dim).astype(np.float32) * actions.mask[k]
-            before = observation
+            before = observation.copy()  # some environments write each observation into the same array
             observation, reward, terminated, truncated, _ = env.step(actions.to_environment(k, x))
             check_finite(run, float(reward), observation, 0, args, episode)
-            transitions.append((before, x, k, observation, reward, terminated))
+            transitions.append((before, x, k, observation.copy(), reward, terminated))
             done = terminated or truncated
         run.progress(0, f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}")
         if run.signal:
@@ -1061,12 +1070,15 @@ def main(args: Args) -> Path:
     try:
         env = make_env(args.env_id)
         args = resolve(args, env)
+        if args.capture_video:
+            make_env(args.env_id, "rgb_array").close()
     except ValueError as error:
         usage_error(str(error))
     run = Run(args)
     chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
     print(f"{run.name}: " + ", ".join(f"{name} {value:,}" for name, value in chosen.items()))
     torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(1)  # these products are too small for two threads
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
@@ -1077,17 +1089,19 @@ def main(args: Args) -> Path:
 
     if run.checkpoint is None:
         buffer = random_phase(agent, env, args, run)
+        losses = {}
         for update in range(1, args.vae_pretrain_steps + 1):
             losses = agent.update_vae(buffer.sample(0, args.vae_batch_size, device))
             if run.signal:
                 run.stop()
             if update % 1_000 == 0:
                 run.progress(0, f"VAE pre-training, update {update:,}, loss {losses['vae']:.4f}")
+        run.log(0, {f"losses/{name}": value for name, value in losses.items()})
         agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
         step = episode = updates_due = 0
         episode_return, episode_actions, best_return = 0.0, [], -math.inf
-        embedding_history = [agent.initial_embedding, agent.vae.discrete_embedding().detach().clone()]
-        observation = reset_episode(env, args, episode)
+        embedding_history = [agent.initial_embedding.cpu(), agent.vae.discrete_embedding().detach().cpu().clone()]
+        observation = reset_episode(env, args, episode, run, step)
     else:
         state = run.checkpoint
         step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
@@ -1098,13 +1112,13 @@ def main(args: Args) -> Path:
         buffer = ReplayBuffer(args.total_timesteps + state["random_size"], *agent.row_sizes())
         buffer.size, buffer.random_size = len(state["rows"]), state["random_size"]
         buffer.rows[: buffer.size] = state["rows"]
-        observation = reset_episode(env, args, episode)
+        observation = reset_episode(env, args, episode, run, step)
         for k, *x in episode_actions:  # replay the interrupted episode up to here
             observation = env.step(agent.actions.to_environment(int(k), np.array(x, np.float32)))[0]
         if not np.array_equal(observation, state["observation"].numpy()):
             print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []
-            observation = reset_episode(env, args, episode)
+            observation = reset_episode(env, args, episode, run, step)
         run.restore_random_state()
 
     scaled, losses = agent.scale_observation(observation), {}
@@ -1113,6 +1127,9 @@ def main(args: Args) -> Path:
         decay = min(1.0, episode / args.exploration_noise_episodes)
         noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
         latent_action, k, x = (value[0].numpy() for value in agent.act(scaled[None], noise))
+        if not np.isfinite(x).all():  # diverged: name the loss, if it shows there already
+            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+            run.fail(f"step {step}: the policy's parameters are {x}; try a smaller learning rate")
         observation, reward, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x))
         check_finite(run, float(reward), observation, step, args, episode)
         previous, scaled = scaled, agent.scale_observation(observation)
@@ -1137,12 +1154,12 @@ def main(args: Args) -> Path:
                 losses |= agent.update_vae(batch, step / args.total_timesteps)
                 agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
             episode_return, episode_actions = 0.0, []
-            observation = reset_episode(env, args, episode)
+            observation = reset_episode(env, args, episode, run, step)
             scaled = agent.scale_observation(observation)
 
         last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
         run.progress(step, f"return {mean_return:.3f}")
-        if step % 1_000 == 0 or last or run.signal or step % args.checkpoint_frequency == 0:
+        if step % 1_000 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()} | agent.statistics())
             run.log(step, {
@@ -1154,20 +1171,21 @@ def main(args: Args) -> Path:
             averaged = evaluate(agent, evaluation_envs, args.seed, average=True)
             metrics |= {f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
             run.log_evaluation(step, metrics)
-            embedding_history.append(agent.vae.discrete_embedding().detach().clone())
+            embedding_history.append(agent.vae.discrete_embedding().detach().cpu().clone())
             if metrics["average_episodic_return"] > best_return:
                 best_return = metrics["average_episodic_return"]
                 save_model(agent, args, run.folder / "best_model.pt")
         if step % args.checkpoint_frequency == 0 or last or run.signal:
             run.save_checkpoint(step, {
-                "agent": agent.state_dict(), "rows": buffer.rows[: buffer.size], "random_size": buffer.random_size,
+                "agent": agent.state_dict(), "random_size": buffer.random_size,
+                "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
                 "episode": episode, "episode_actions": episode_actions, "episode_return": episode_return,
                 "observation": torch.from_numpy(observation.copy()), "updates_due": updates_due,
                 "best_return": best_return, "recent_returns": list(recent_returns),
                 "embedding_history": embedding_history,
             })  # fmt: skip
-        if run.signal and not last:
-            run.stop()
+            if run.signal and not last:
+                run.stop()
 
     save_model(agent, args, run.folder / "model.pt")
     start = agent.scale_observation(evaluation_envs[0].reset(seed=episode_seed(args.seed, 0, stream=1))[0])

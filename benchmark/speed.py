@@ -187,20 +187,20 @@ def separate_critics(twin: hyar_td3.TwinCritic) -> nn.ModuleList:
 
 def twin_weights(twin: hyar_td3.TwinCritic) -> list[list[tuple[Tensor, Tensor]]]:
     """Weight (outputs, inputs) and bias (outputs,) of each layer of each twin."""
-    first, bias = twin.weight1.chunk(2, 1), twin.bias1.chunk(2)
     return [
-        [(first[i].T, bias[i]), (twin.weight2[i].T, twin.bias2[i, 0]), (twin.weight3[i], twin.bias3[i])]
+        [(twin.weight1[i].T, twin.bias1[i, 0]), (twin.weight2[i].T, twin.bias2[i, 0]), (twin.weight3[i], twin.bias3[i])]
         for i in range(2)
     ]
 
 
-def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float) -> float:
+def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float, continuing_share: float) -> float:
     """Floating-point operations of the matrix products of one update cycle, from the layer sizes.
 
     A product of a row with a weight matrix costs 2 x inputs x outputs. A gradient by the weights costs as much again,
     and so does one by the inputs, which a network's first layer does not need (the actor needs it, of the critic's
     latent action alone). Everything else, such as biases, activations, Adam and the targets, counts as nothing: this is
-    the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder.
+    the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder;
+    `continuing_share` has a next value, as no terminal step has.
     """
     hidden, observation, latent = 256, agent.observation_dim, agent.latent_dim
     condition, action = observation + agent.embedding_dim, agent.latent_action_dim
@@ -210,7 +210,7 @@ def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float) -> floa
     actor = (observation + action) * hidden + square
     critic_first, critic_rest = (observation + action) * hidden, square + hidden
     critic = critic_first + critic_rest
-    target = encoded_share * encoder + decoder + actor + 2 * critic
+    target = encoded_share * encoder + decoder + continuing_share * (actor + 2 * critic)
     critic_update = 2 * (2 * critic + critic_rest)
     actor_update = 2 * actor + square + action * hidden + critic + critic_rest + action * hidden
     rows = agent.args.batch_size
@@ -329,7 +329,7 @@ def measure_hyar_td3(args: Args) -> dict[str, Any]:
     })  # fmt: skip
     product_rate = 2.0 * 128 * 256 * 256 * products / seconds_of["product"]
     encoded = 1.0 - float(torch.stack(phase.kept[-100:]).mean())
-    operations = operations_per_update(agent, encoded)
+    operations = operations_per_update(agent, encoded, 1.0 - float(batch.terminated.mean()))
     updates: dict[str, Any] = {
         name: {
             "updates_per_second": frequency * cycles / seconds_of[name],

@@ -363,7 +363,8 @@ def test_operations_are_those_that_pytorch_counts(agent):
     batch, noise = batch_of(agent, rows), torch.randn(rows, 2 * agent.latent_action_dim)
     with FlopCounterMode(display=False) as counter:
         losses = agent.update(batch, noise)
-    counted = speed.operations_per_update(agent, 1.0 - float(losses["kept_latent"]))
+    encoded, continuing = 1.0 - float(losses["kept_latent"]), 1.0 - float(batch.terminated.mean())
+    counted = speed.operations_per_update(agent, encoded, continuing)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

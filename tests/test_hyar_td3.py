@@ -919,14 +919,13 @@ def twins(critic: TwinCritic) -> list[nn.Sequential]:
     """The two critics as anyone would write them, with the same weights."""
     result = []
     for i in range(2):
-        inputs = critic.weight1.shape[0]
+        inputs = critic.weight1.shape[1]
         network = nn.Sequential(
             nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)
         )  # fmt: skip
         with torch.no_grad():
-            half = slice(256 * i, 256 * (i + 1))
-            network[0].weight.copy_(critic.weight1[:, half].T)
-            network[0].bias.copy_(critic.bias1[half])
+            network[0].weight.copy_(critic.weight1[i].T)
+            network[0].bias.copy_(critic.bias1[i, 0])
             network[2].weight.copy_(critic.weight2[i].T)
             network[2].bias.copy_(critic.bias2[i, 0])
             network[4].weight.copy_(critic.weight3[i])
@@ -938,9 +937,8 @@ def twins(critic: TwinCritic) -> list[nn.Sequential]:
 def same_critics(critic: TwinCritic, networks: list[nn.Sequential], of=lambda parameter: parameter) -> None:
     """Compare weights, or whatever `of` takes from a parameter, of our critic and two plain ones."""
     for i, network in enumerate(networks):
-        half = slice(256 * i, 256 * (i + 1))
         pairs = [
-            (of(critic.weight1)[:, half].T, network[0].weight), (of(critic.bias1)[half], network[0].bias),
+            (of(critic.weight1)[i].T, network[0].weight), (of(critic.bias1)[i, 0], network[0].bias),
             (of(critic.weight2)[i].T, network[2].weight), (of(critic.bias2)[i, 0], network[2].bias),
             (of(critic.weight3)[i], network[4].weight), (of(critic.bias3)[i], network[4].bias),
         ]  # fmt: skip
