@@ -1503,7 +1503,7 @@ CHECKPOINT_KEYS = [
 ]  # fmt: skip
 AGENT_KEYS = [
     "actor", "average_actor", "critic", "target_actor", "target_critics", "vae", "actor_optimizer",
-    "critic_optimizer", "vae_optimizer", "center", "scale",
+    "critic_optimizer", "vae_optimizer", "center", "scale", "actor_updates",
 ]  # fmt: skip
 
 

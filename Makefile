@@ -1,0 +1,28 @@
+# Each target sets up .venv by itself; a run can also use any other environment that has requirements.txt.
+PYTHON ?= python3
+RUN := runs/demo-$(shell date +%s)
+
+.PHONY: demo test lint speed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed; try make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: .venv/installed  ## train HyAR-TD3 on Platform for a few minutes, then play 100 fresh episodes
+	.venv/bin/python hyar_td3.py --env Platform-v0 --total-timesteps 25000 --capture-video --run-name $(notdir $(RUN))
+	.venv/bin/python benchmark/evaluate.py $(RUN) --model best_model.pt --episodes 100 --at-least 0.9
+	@echo "curve:      $(RUN)/learning_curve.png"
+	@echo "video:      $$(ls $(RUN)/videos/*.mp4 | head -n 1)"
+	@echo "run folder: $(RUN)"
+
+test: .venv/installed  ## everything but the long learning runs
+	.venv/bin/python -m pytest -q
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
+	.venv/bin/python benchmark/speed.py hyar_td3
