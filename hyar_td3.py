@@ -430,6 +430,8 @@ class HyARTD3:
         """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `resolve`)."""
         self.args, self.device = args, device
         self.actions = HybridActionSpace(env.action_space)
+        names = getattr(env.unwrapped, "action_names", ())
+        self.names = list(names) or [f"action {k}" for k in range(self.actions.num_actions)]  # for the pictures
         space = env.observation_space
         self.observation_dim = int(np.prod(space.shape))
         self.embedding_dim = args.discrete_latent_dim
@@ -905,7 +907,7 @@ def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Fi
     vae, dims, generator = agent.vae, agent.actions.parameter_dims, torch.Generator().manual_seed(0)
     shown = [k for k in range(agent.actions.num_actions) if dims[k] > 0][:6]
     panels = [(k, p) for k in shown for p in range(dims[k])]
-    titles = [f"action {k}, parameter {p}" for k, p in panels]
+    titles = [f"{agent.names[k]}, parameter {p}" for k, p in panels]
 
     def decode(k: Tensor | int, z: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters (N, P) and state changes (N, S) of actions k with the policy's z (N, d2)."""
@@ -940,7 +942,7 @@ def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Fi
     k = vae.select_discrete_action(path[:, : agent.embedding_dim].to(agent.device)).cpu()
     parameters, change = decode(k, path[:, agent.embedding_dim :])
     largest = np.argsort(-np.ptp(change.numpy(), axis=0))[:5].tolist()
-    title = f"On the way from action {shown[0]}, z = -1 to action {shown[-1]}, z = 1"
+    title = f"On the way from {agent.names[shown[0]]}, z = -1 to {agent.names[shown[-1]]}, z = 1"
     interpolation, axes = new_figure(1, 3, title)
     axes[0, 0].plot(share, k, drawstyle="steps-mid")
     axes[0, 0].set(ylabel="decoded discrete action", yticks=sorted(set(k.tolist())))
@@ -956,7 +958,7 @@ def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Fi
     return dict(zip(names, (latent_map, alternatives, interpolation), strict=True))
 
 
-def draw_embedding(history: list[Tensor]) -> Figure:
+def draw_embedding(history: list[Tensor], names: list[str]) -> Figure:
     """The embedding tables (K, d1) of a run in two main directions: each action's path since the start."""
     tables = torch.stack(history).cpu().double()
     centered = tables - tables.mean((0, 1))
@@ -967,7 +969,7 @@ def draw_embedding(history: list[Tensor]) -> Figure:
         x, y = paths[:, k, 0], paths[:, k, -1]
         axes[0, 0].plot(x, y, color=f"C{k % 10}", linewidth=1)
         axes[0, 0].scatter(x[-1:], y[-1:], color=f"C{k % 10}", s=30)
-        axes[0, 0].annotate(f"action {k}", (x[-1], y[-1]), textcoords="offset points", xytext=(6, 4))
+        axes[0, 0].annotate(names[k], (x[-1], y[-1]), textcoords="offset points", xytext=(6, 4))
     axes[0, 0].set(xlabel="first main direction", ylabel="second main direction")
     axes[0, 0].margins(0.25)
     return figure
@@ -979,7 +981,9 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
     figure, axes = new_figure(1, 1 + success, title)
     steps = [row["step"] for row in rows]
     for axis, name in zip(axes[0], ("episodic_return", "success_rate"), strict=False):
-        axis.plot(steps, [row[name] for row in rows], marker=".")
+        axis.plot(steps, [row[name] for row in rows], marker=".", label="actor")
+        axis.plot(steps, [row[f"average_{name}"] for row in rows], marker=".", label="its moving average")
+        axis.legend(fontsize=8)
         axis.set(xlabel="environment steps", ylabel=f"evaluation {name.replace('_', ' ')}")
         axis.grid(alpha=0.3)
     return figure
@@ -1190,7 +1194,7 @@ def main(args: Args) -> Path:
     save_model(agent, args, run.folder / "model.pt")
     start = agent.scale_observation(evaluation_envs[0].reset(seed=episode_seed(args.seed, 0, stream=1))[0])
     figures = draw_latent_actions(agent, start)
-    figures["embedding"] = draw_embedding(embedding_history)
+    figures["embedding"] = draw_embedding(embedding_history, agent.names)
     figures["learning_curve"] = draw_learning_curve(run.eval_rows, run.name)
     for name, figure in figures.items():
         run.log_figure(args.total_timesteps, name, figure)

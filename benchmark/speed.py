@@ -100,7 +100,7 @@ class PlainHyARTD3:
         )
         self.critics = separate_critics(agent.critic)
         self.target_critics = separate_critics(agent.target_critics)
-        rate = self.args.learning_rate
+        self.actor_updates, rate = agent.actor_updates, self.args.learning_rate
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=rate, fused=True)
 
@@ -161,10 +161,11 @@ class PlainHyARTD3:
         action.backward(-gradient * room)
         nn.utils.clip_grad_norm_(self.actor.parameters(), 10.0)
         self.actor_optimizer.step()
+        self.actor_updates += 1
         follow = (
             (self.target_actor, self.actor, self.args.tau),
             (self.target_critics, self.critics, self.args.tau),
-            (self.average_actor, self.actor, self.args.policy_average),
+            (self.average_actor, self.actor, max(self.args.policy_average, 1.0 / self.actor_updates)),
         )
         with torch.no_grad():
             for follower, network, rate in follow:
