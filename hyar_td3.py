@@ -1103,14 +1103,14 @@ def main(args: Args) -> Path:
         run.log(0, {f"losses/{name}": value for name, value in losses.items()})
         agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
         step = episode = updates_due = 0
-        episode_return, episode_actions, best_return = 0.0, [], -math.inf
+        episode_return, episode_actions = 0.0, []
         embedding_history = [agent.initial_embedding.cpu(), agent.vae.discrete_embedding().detach().cpu().clone()]
         observation = reset_episode(env, args, episode, run, step)
     else:
         state = run.checkpoint
         step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
-        episode_return, best_return = state["episode_return"], state["best_return"]
-        episode_actions, embedding_history = state["episode_actions"], state["embedding_history"]
+        episode_return, episode_actions = state["episode_return"], state["episode_actions"]
+        embedding_history = state["embedding_history"]
         recent_returns.extend(state["recent_returns"])
         agent.load_state_dict(state["agent"])
         buffer = ReplayBuffer(args.total_timesteps + state["random_size"], *agent.row_sizes())
@@ -1176,8 +1176,7 @@ def main(args: Args) -> Path:
             metrics |= {f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
             run.log_evaluation(step, metrics)
             embedding_history.append(agent.vae.discrete_embedding().detach().cpu().clone())
-            if metrics["average_episodic_return"] > best_return:
-                best_return = metrics["average_episodic_return"]
+            if metrics["average_episodic_return"] >= max(row["average_episodic_return"] for row in run.eval_rows):
                 save_model(agent, args, run.folder / "best_model.pt")
         if step % args.checkpoint_frequency == 0 or last or run.signal:
             run.save_checkpoint(step, {
@@ -1185,7 +1184,7 @@ def main(args: Args) -> Path:
                 "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
                 "episode": episode, "episode_actions": episode_actions, "episode_return": episode_return,
                 "observation": torch.from_numpy(observation.copy()), "updates_due": updates_due,
-                "best_return": best_return, "recent_returns": list(recent_returns),
+                "recent_returns": list(recent_returns),
                 "embedding_history": embedding_history,
             })  # fmt: skip
             if run.signal and not last:

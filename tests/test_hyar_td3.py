@@ -1498,7 +1498,7 @@ def test_a_checkpoint_holds_nothing_that_could_run(checkpoint, tmp_path, no_pict
 
 CHECKPOINT_KEYS = [
     "script", "arguments", "step", "eval_rows", "finished", "torch_rng", "cuda_rng", "episode", "updates_due",
-    "episode_return", "best_return", "episode_actions", "observation", "embedding_history", "recent_returns", "agent",
+    "episode_return", "episode_actions", "observation", "embedding_history", "recent_returns", "agent",
     "rows", "random_size",
 ]  # fmt: skip
 AGENT_KEYS = [
@@ -1546,7 +1546,6 @@ FRESH = {  # what the start of a run would have in the place of each field that 
     "step": lambda state: state | {"step": 73},
     "episode": lambda state: state | {"episode": 0},
     "updates_due": lambda state: state | {"updates_due": 1 - state["updates_due"]},
-    "best_return": lambda state: state | {"best_return": -math.inf},
     "episode_actions": lambda state: state | {"episode_actions": []},
     "eval_rows": lambda state: state | {"eval_rows": []},
     "torch_rng": lambda state: state | {"torch_rng": torch.Generator().manual_seed(1).get_state()},
