@@ -250,13 +250,13 @@ class LearningPhase:
         self.env = hyar_td3.make_env(own.env_id)
         self.args = hyar_td3.resolve(own, self.env)
         self.agent = hyar_td3.HyARTD3(self.args, self.env, torch.device("cpu"))
-        self.run: Any = SimpleNamespace(progress=lambda *_: None, signal=0)  # random_phase looks at these alone
-        self.buffer = hyar_td3.random_phase(self.agent, self.env, self.args, self.run)
+        self.no_run: Any = SimpleNamespace(progress=lambda *_: None, signal=0)  # random_phase looks at these alone
+        self.buffer = hyar_td3.random_phase(self.agent, self.env, self.args, self.no_run)
         for _ in range(args.vae_steps):
             self.agent.update_vae(self.sample(self.args.vae_batch_size))
         self.agent.update_latent_range(self.sample(self.args.latent_range_samples))
         self.episode = self.length = self.step = self.updates_due = 0
-        self.observation = hyar_td3.reset_episode(self.env, self.args, 0, self.run)
+        self.observation = hyar_td3.reset_episode(self.env, self.args, 0, self.no_run)
         self.kept: list[Tensor] = []  # share of rows whose latent action needed no relabelling
 
     def sample(self, rows: int) -> hyar_td3.Batch:
@@ -288,7 +288,7 @@ class LearningPhase:
                 if self.episode >= args.vae_update_start and self.episode % args.vae_update_episodes == 0:
                     agent.update_vae(self.sample(args.vae_batch_size))
                     agent.update_latent_range(self.sample(args.latent_range_samples))
-                observation = hyar_td3.reset_episode(self.env, args, self.episode, self.run)
+                observation = hyar_td3.reset_episode(self.env, args, self.episode, self.no_run)
                 scaled = agent.scale_observation(observation)
             self.observation = observation
 
