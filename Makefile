@@ -11,7 +11,7 @@ RUN := runs/demo-$(shell date +%s)
 	@touch $@
 
 demo: .venv/installed  ## train HyAR-TD3 on Platform for a few minutes, then play 100 fresh episodes
-	.venv/bin/python hyar_td3.py --env Platform-v0 --total-timesteps 25000 --capture-video --run-name $(notdir $(RUN))
+	.venv/bin/python hyar_td3.py --env Platform-v0 --seed 4 --total-timesteps 32500 --capture-video --run-name $(notdir $(RUN))
 	.venv/bin/python benchmark/evaluate.py $(RUN) --model best_model.pt --episodes 100 --at-least 0.9
 	@echo "curve:      $(RUN)/learning_curve.png"
 	@echo "video:      $$(ls $(RUN)/videos/*.mp4 | head -n 1)"
