@@ -253,10 +253,13 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
         about = published(script, environment)
         scores = {seed: score(curve, about.column) for seed, curve in seeds.items()}
         averaged = [score(curve, about.column) for curve in results.get((environment, AVERAGED), {}).values()]
+        averaged_text = mean_and_std(averaged) if averaged else "–"
+        if averaged and len(averaged) != len(seeds):
+            averaged_text += f" ({len(averaged)} of the seeds)"
         paper = "–" if np.isnan(about.mean) else f"{about.mean:.2f} ± {about.std:.2f}"
         rows.append([
             environment, about.column, paper, "–" if np.isnan(about.chdp) else f"{about.chdp:.3f}",
-            mean_and_std(scores.values()), mean_and_std(averaged) if averaged else "–", str(len(seeds)),
+            mean_and_std(scores.values()), averaged_text, str(len(seeds)),
             numbers({int(curve[-1, 0]) for curve in seeds.values()}),
             numbers(episodes.get((environment, "")) or {default_evaluation_episodes(script)}), each_seed(scores),
         ])  # fmt: skip
