@@ -63,7 +63,9 @@ def between(text: str, start: str, end: str) -> str:
 # --- common text ---
 def common_arguments(name: str) -> str:
     text = between(source(name), "class Args:\n", SPECIFIC)
-    return re.sub(r"(exp_name: str = ).*", r"\1...", text)
+    # How often and on how many episodes to evaluate depends on what an environment step costs: defaults may differ.
+    own = r"((?:exp_name: str|checkpoint_frequency: int|eval_frequency: int|eval_episodes: int) = ).*"
+    return re.sub(own, r"\1...", text)
 
 
 @each_script
