@@ -161,17 +161,16 @@ def choose_opengl() -> str | None:
 
     Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
     """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
+    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
     if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
         for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
             with contextlib.suppress(OSError):
                 ctypes.CDLL(library)
                 os.environ["MUJOCO_GL"] = name
-                break
-        else:
-            return None
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
-    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
-    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
+                return name
+        return None
     return os.environ.get("MUJOCO_GL", "native")
 
 
