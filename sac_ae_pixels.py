@@ -248,7 +248,7 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
     With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
     """
     opengl, env_id, video_size, options = choose_opengl(), args.env_id, 256 * video, {}
-    task = re.fullmatch(r"[a-z]\w*-[a-z]\w*", env_id)
+    task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
     if task or env_id.startswith("dm_control/"):
         if opengl is None:
             raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
@@ -555,7 +555,9 @@ def gradient_step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
     """One step of these optimizers on `loss`; only their own parameters get gradients."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+        # A fused Adam reads weights and gradients in the order of memory, so that this must be the same for both.
+        same = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     for optimizer in optimizers:
         optimizer.step()
 
@@ -1138,9 +1140,10 @@ def main(args: Args) -> Path:
     repeat, last_step = args.action_repeat, agent_steps(args)
     print(f"{run.name}: {last_step:,} agent steps, each {repeat} environment steps")
     agent = SACAE(args, env.action_dim, device)
-    buffer = ReplayBuffer(
-        run.folder / "frames.bin", *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim
-    )
+    path = run.folder / "frames.bin"
+    if run.checkpoint and not path.exists():
+        run.fail(f"{path} is missing, which holds the replay memory: restore it, or start with another --run-name")
+    buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
     recent_returns: deque[float] = deque(maxlen=10)
     losses: dict[str, Tensor] = {}
 

@@ -675,24 +675,26 @@ def test_one_pass_for_actor_and_autoencoder_gives_the_same_weights():
     assert not differences(*results)
 
 
-def test_memory_formats_do_not_matter():
-    """Channels last, as sampled, against plain contiguous memory."""
-    results, batch = [], random_batch(small_agent())
-    noise = small_agent().draw(batch)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_memory_formats_do_not_matter(name):
+    """Channels last, as weights and sampled frames are, against plain contiguous memory."""
+    results = []
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        agent = small_agent()
+        agent, batch, noise = golden_agent(name)
         for module in agent.modules().values():
             module.to(memory_format=memory_format)
         frames = {
-            name: getattr(batch, name).contiguous(memory_format=memory_format)
-            for name in ("observation", "next_observation")
+            part: getattr(batch, part).contiguous(memory_format=memory_format)
+            for part in ("observation", "next_observation")
         }
-        agent.update(batch._replace(**frames), True, True, noise)
-        results.append(snapshot(agent))
-    for name in results[0]:
-        for one, other in zip(results[0][name], results[1][name], strict=True):
-            # Adam's first step is lr * sign(gradient): where the gradient is 0 but for rounding, the sign may flip.
-            assert ((one - other).abs() < 2e-5).double().mean() > 0.995, name
+        losses = agent.update(batch._replace(**frames), True, True, noise)
+        results.append((losses, snapshot(agent)))
+    (losses, parts), (other_losses, other_parts) = results
+    for key, value in losses.items():
+        assert_near(value, other_losses[key], 1e-5)
+    for key, part in parts.items():
+        for one, other in zip(part, other_parts[key], strict=True):
+            assert ((one - other).abs() < 2e-5).double().mean() >= 0.999, key
 
 
 # --- noise and augmentation ---
@@ -1137,22 +1139,9 @@ def test_a_terminated_run_saves_and_goes_on(where, references, tmp_path, no_pict
 
 
 def test_a_run_can_be_stopped_many_times(references, tmp_path, no_pictures, capsys):
-    for step in (3, 5, 30, 31, 33, 80, 140):
+    for step in (3, 40, 25, 1, 30):  # of the process, which begins with what it plays again
         at_training_step(step, terminate_self)
-        ToyEnv.hook, hook = None, ToyEnv.hook
-        total = (
-            torch.load(path, weights_only=True)["agent_step"]
-            if (path := tmp_path / "run/checkpoint.pt").exists()
-            else 0
-        )
-
-        def counted(env, hook=hook, step=step):
-            if env.number == 0 and env.total == step:
-                terminate_self()
-
-        ToyEnv.hook = counted
-        status = exit_status(tiny(tmp_path, resume=True))
-        assert status in (0, 143) and total >= 0
+        assert exit_status(tiny(tmp_path, resume=True)) == 143
     ToyEnv.hook = None
     assert exit_status(tiny(tmp_path, resume=True)) == 0
     assert not differences(outcome(tmp_path / "run"), references["whole"])
@@ -1281,8 +1270,8 @@ def test_an_episode_that_does_not_replay_is_left(tmp_path, no_pictures, capsys):
 
 def test_frames_that_are_missing_are_noticed(checkpoint, tmp_path, capsys):
     (tmp_path / "run" / "frames.bin").unlink()
-    assert exit_status(tiny(tmp_path, resume=True)) == 2
-    assert_one_line(capsys, "frames.bin", "missing")
+    assert exit_status(tiny(tmp_path, resume=True)) == 1
+    assert_one_line(capsys, "frames.bin is missing", "--run-name")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, no_pictures, capsys):
@@ -1329,7 +1318,7 @@ def refused(capsys, tmp_path: Path, *parts: str, **changes) -> str:
         ("Pendulun-v1", ["unknown environment", "did you mean Pendulum-v1"]),
         ("qqqqqqqqqqqqqqqq-v0", ["unknown environment", "ids look like"]),
         ("no_such_package:Name-v0", ["no_such_package"]),
-        ("", ["unknown environment"]),
+        ("", ["could not make", "Malformed"]),
     ],
 )
 def test_environments_that_do_not_fit_are_refused(env_id, parts, tmp_path, capsys):
