@@ -99,7 +99,7 @@ class Args:
     learning_starts: int = 1_000
     """agent steps with random actions, after which that many updates are made at once"""
     batch_size: int = 128
-    """batch size"""
+    """transitions of one update"""
     gamma: float = 0.99
     """the discount factor gamma"""
     learning_rate: float = 1e-3

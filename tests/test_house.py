@@ -62,8 +62,10 @@ def between(text: str, start: str, end: str) -> str:
 
 # --- common text ---
 def common_arguments(name: str) -> str:
+    """The common group; how often and how long is evaluated is each paper's own."""
     text = between(source(name), "class Args:\n", SPECIFIC)
-    return re.sub(r"(exp_name: str = ).*", r"\1...", text)
+    text = text[text.index("    exp_name") :]  # after the class's docstring
+    return re.sub(r"((?:exp_name: str|eval_frequency: int|eval_episodes: int) = ).*", r"\1...", text)
 
 
 @each_script

@@ -20,15 +20,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from gymnasium.spaces import Box, Discrete
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "sac_ae_pixels.py"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+
+import plot  # noqa: E402
+import speed  # noqa: E402
 
 import sac_ae_pixels  # noqa: E402
 from sac_ae_pixels import SACAE, Args, Batch, Noise, ReplayBuffer, episode_seed, make_env, resolve  # noqa: E402
@@ -862,12 +867,14 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, no_pictures, capsys, 
 # --- learning ---
 POINT = {
     "env_id": "Point-v0", "image_size": 32, "num_layers": 2, "num_filters": 8, "hidden_dim": 128, "batch_size": 64,
-    "alpha_learning_rate": 1e-3, "learning_starts": 100, "total_timesteps": 350, "eval_frequency": 175,
+    "alpha_learning_rate": 1e-3, "learning_starts": 100, "total_timesteps": 300, "eval_frequency": 300,
     "eval_episodes": 50, "checkpoint_frequency": 1_000, "run_name": "run",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"reconstruction": False, "random_shift": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"bf16": True, "random_shift": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_learns_to_point_at_what_it_sees(changes, tmp_path, no_pictures):
     """1 minus the distance: a random action gets 0.1, the picture's middle 0.4."""
     folder = sac_ae_pixels.main(Args(**{**POINT, **changes}, runs_dir=str(tmp_path)))
@@ -1107,8 +1114,15 @@ def half_a_save() -> None:
     kill_self()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("where", KILLS)
+@pytest.mark.parametrize(
+    ("where", "variant"),
+    [
+        *((where, "whole") for where in KILLS),
+        ("in mid-episode", "ring"),
+        ("in a gradient step", "ring"),
+        ("before a checkpoint is renamed", "ring"),
+    ],
+)
 def test_a_killed_run_ends_as_if_never_killed(where, variant, references, tmp_path, no_pictures, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = functools.partial(tiny, tmp_path, **VARIANTS[variant])
@@ -1434,6 +1448,106 @@ def test_short_and_long_names_are_one(tmp_path):
     assert resolve(Args(env_id="walker-walk", action_repeat=5)).action_repeat == 5
 
 
+# --- benchmark ---
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_plain_update_gives_the_fast_ones_weights(name):
+    """What the speed is measured against does the same; it meets the original's numbers too."""
+    data = golden(name)
+    agent, batch, noise = golden_agent(name)
+    plain = speed.PlainSACAE(agent)
+    for i in range(3):
+        agent.update(batch, i % 2 == 0, i % 2 == 0, noise)
+        plain.update(batch, i % 2 == 0, noise)
+        if i == 0:
+            for (key, fast), slow in zip(networks(agent).items(), networks(plain).values(), strict=True):
+                expected = data[f"after/{key}"]
+                near = (slow.detach() - expected).abs() <= 2e-5
+                assert near.double().mean() >= 0.9999 and fast.numel() == slow.numel(), key
+    for (key, fast), slow in zip(networks(agent).items(), networks(plain).values(), strict=True):
+        near = (fast.detach() - ours(agent, key, slow.detach())).abs() <= 1e-4
+        assert near.double().mean() >= 0.999, key
+    assert_near(plain.log_alpha, agent.log_alpha.detach(), 1e-6)
+
+
+def test_operations_are_those_that_pytorch_counts():
+    agent = small_agent(num_layers=4, image_size=33, batch_size=5)
+    batch = random_batch(agent, 5)
+    with FlopCounterMode(display=False) as counter:
+        for i in range(2):
+            agent.update(batch, i == 0, i == 0)
+    assert 2.0 * speed.operations_per_pixel_update(agent) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
+    speed.main(
+        speed.Args(
+            "sac_ae_pixels", rounds=1, pixel_environments=("Pendulum-v1",), pixel_steps=2, pixel_batch_size=2,
+            image_size=16, json=tmp_path / "speed.json",
+        )
+    )  # fmt: skip
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    updates = figures["updates"]
+    assert updates["fast"]["ratio"] == pytest.approx(updates["plain"]["seconds"] / updates["fast"]["seconds"])
+    assert 0.0 < updates["plain"]["roofline_share"] < 1.0 and figures["environments"]["Pendulum-v1"]["fast"] > 0.0
+    printed = capsys.readouterr().out
+    for words in ("ms an agent step", "times plain", "of the roofline", "in bfloat16"):
+        assert words in printed
+
+
+def make_run(runs: Path, name: str, env_id: str, seed: int, returns: list[float]) -> None:
+    folder = runs / name
+    folder.mkdir(parents=True)
+    arguments = {"env_id": env_id, "seed": seed, "total_timesteps": 10_000 * len(returns), "eval_episodes": 10}
+    (folder / "args.json").write_text(json.dumps({"script": "sac_ae_pixels", "arguments": arguments}))
+    rows = [f"{10_000 * (i + 1)},{value},1.0,125.0\n" for i, value in enumerate(returns)]
+    (folder / "eval.csv").write_text("step,episodic_return,return_std,episodic_length\n" + "".join(rows))
+
+
+def test_the_results_table_has_the_last_evaluation_beside_the_papers(tmp_path, capsys):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    for seed, value in ((1, 320.4), (2, 280.0)):
+        make_run(runs, f"sac_ae_pixels__cartpole-swingup__{seed}", "cartpole-swingup", seed, [10.0, 20.0, value])
+    make_run(runs, "sac_ae_pixels-random-shift__cartpole-swingup__1", "cartpole-swingup", 1, [10.0, 700.0])
+    make_run(runs, "sac_ae_pixels__Pendulum-v1__1", "Pendulum-v1", 1, [-1000.0, -150.0])
+    make_run(runs, "sac_ae_pixels__theirs__1", "their/Thing-v1", 1, [1.0])
+    plot.main(plot.Args("sac_ae_pixels", runs=runs, results=results))
+    folder = results / "sac_ae_pixels"
+    cartpole, *others = (folder / "table.md").read_text().splitlines()[2:]
+    assert [cell.strip() for cell in cartpole.strip("|").split("|")] == [
+        "cartpole-swingup", "return", "311 ± 11", "759", "300 ± 20", "2", "30,000", "10", "320 (1), 280 (2)",
+    ]  # fmt: skip
+    assert any("| Pendulum-v1 | return | – | – | -150 |" in line for line in others)
+    (line,) = (folder / "ablations.md").read_text().splitlines()[2:]
+    assert "| random-shift | 700 | 320 | 1 | 20,000 | 700 (1) |" in line
+    assert {path.name for path in folder.glob("*.png")} == {
+        "cartpole-swingup.png", "cartpole-swingup__ablations.png", "Pendulum-v1.png", "their-Thing-v1.png",
+    }  # fmt: skip
+    before = (folder / "table.md").read_text()
+    plot.main(plot.Args("sac_ae_pixels", runs=tmp_path / "none", results=results))  # from the CSV files alone
+    assert (folder / "table.md").read_text() == before
+
+
+def test_every_job_is_what_its_name_says():
+    listed = subprocess.run(
+        ["bash", ROOT / "benchmark" / "sac_ae_pixels.sh"], capture_output=True, text=True, check=True
+    )
+    environments = set()
+    for line in listed.stdout.splitlines():
+        words = line.split()
+        args = resolve(tyro.cli(Args, args=words[2:]))
+        prefix, env_id, seed = args.run_name.split("__")
+        assert (env_id, int(seed)) == (args.env_id, args.seed)
+        name = prefix.removeprefix("sac_ae_pixels").removeprefix("-")
+        pendulum = env_id == "Pendulum-v1"
+        assert args.bf16 == (not pendulum or name == "bf16")
+        assert args.random_shift == 4 * (name == "random-shift")
+        assert args.reconstruction == (name != "no-reconstruction")
+        assert args.total_timesteps == (8_000 if pendulum else 100_000)
+        assert sac_ae_pixels.agent_steps(args) * args.action_repeat == args.total_timesteps
+        environments.add(env_id)
+    assert environments == {*plot.PUBLISHED["sac_ae_pixels"], "Pendulum-v1"}
+
+
 # --- the command line, dm_control ---
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
@@ -1518,22 +1632,21 @@ def test_an_unknown_task_is_refused_with_the_nearest(env_id, tmp_path):
     assert line.startswith("error: unknown environment") and "did you mean cartpole-swingup" in line
 
 
+@pytest.mark.slow
 def test_a_task_of_dm_control_is_killed_and_goes_on(tmp_path):
-    """As a user would: SIGKILL in mid-episode, twice, and the end is that of a run that was left alone."""
+    """As a user would: SIGKILL in mid-episode, and the end is that of a run that was left alone."""
     words = [
-        "--env", "cartpole-swingup", *PENDULUM[:-10], "--total-timesteps", "1200", "--learning-starts", "20",
-        "--eval-episodes", "1", "--eval-frequency", "600", "--checkpoint-frequency", "80", "--runs-dir", tmp_path,
-        "--action-repeat", "8",
+        "--env", "cartpole-swingup", *PENDULUM[:12], "--total-timesteps", "480", "--learning-starts", "20",
+        "--eval-episodes", "1", "--eval-frequency", "480", "--checkpoint-frequency", "80", "--runs-dir", tmp_path,
     ]  # fmt: skip
     assert command(*words, "--run-name", "alone").returncode == 0
     run = [sys.executable, str(SCRIPT), *map(str, words), "--run-name", "killed", "--resume"]
-    for step in (300, 900):
-        process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        path = tmp_path / "killed" / "checkpoint.pt"
-        while process.poll() is None:
-            if path.exists() and torch.load(path, weights_only=True)["step"] >= step:
-                process.kill()
-        assert process.wait() == -signal.SIGKILL
+    process = subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    path = tmp_path / "killed" / "checkpoint.pt"
+    while process.poll() is None:
+        if path.exists() and torch.load(path, weights_only=True)["step"] >= 240:
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert command(*words, "--run-name", "killed", "--resume").returncode == 0
     assert not differences(outcome(tmp_path / "killed"), outcome(tmp_path / "alone"))
 
