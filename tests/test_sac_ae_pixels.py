@@ -1581,6 +1581,18 @@ def test_a_copy_alone_trains_films_and_tracks(tmp_path):
     assert about["arguments"]["image_size"] == 16
 
 
+def opengl_is_there() -> bool:
+    """In a process of its own, since it loads libraries for good."""
+    code = "import sys, sac_ae_pixels; sys.exit(sac_ae_pixels.choose_opengl() is None)"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def opengl() -> None:
+    if not opengl_is_there():
+        pytest.skip("no OpenGL here")
+
+
 DM_CONTROL = """
 import sys, json
 import numpy as np
@@ -1612,7 +1624,7 @@ print(json.dumps({{
 """
 
 
-def test_dm_control_is_seen_as_it_draws():
+def test_dm_control_is_seen_as_it_draws(opengl):
     code = DM_CONTROL.format(root=str(ROOT))
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -1625,7 +1637,7 @@ def test_dm_control_is_seen_as_it_draws():
 
 
 @pytest.mark.parametrize("env_id", ["cartpole-swngup", "dm_control/cartpole-swngup-v0"])
-def test_an_unknown_task_is_refused_with_the_nearest(env_id, tmp_path):
+def test_an_unknown_task_is_refused_with_the_nearest(env_id, opengl, tmp_path):
     result = command("--env", env_id, "--runs-dir", tmp_path / "runs")
     assert result.returncode == 2 and not (tmp_path / "runs").exists()
     (line,) = result.stderr.splitlines()
@@ -1633,7 +1645,7 @@ def test_an_unknown_task_is_refused_with_the_nearest(env_id, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_of_dm_control_is_killed_and_goes_on(tmp_path):
+def test_a_task_of_dm_control_is_killed_and_goes_on(opengl, tmp_path):
     """As a user would: SIGKILL in mid-episode, and the end is that of a run that was left alone."""
     words = [
         "--env", "cartpole-swingup", *PENDULUM[:12], "--total-timesteps", "480", "--learning-starts", "20",
