@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := runs/demo-$(shell date +%s)
 
-.PHONY: demo test lint speed
+.PHONY: demo test lint speed opengl
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed; try make PYTHON=python3.12"; exit 2; }
@@ -17,7 +17,13 @@ demo: .venv/installed  ## train HyAR-TD3 on Platform for a few minutes, then pla
 	@echo "video:      $$(ls $(RUN)/videos/*.mp4 | head -n 1)"
 	@echo "run folder: $(RUN)"
 
-test: .venv/installed  ## everything but the long learning runs
+opengl: .venv/installed  ## what dm_control draws with, where no display is
+	@MUJOCO_GL=egl .venv/bin/python -c 'import mujoco; mujoco.GLContext(8, 8).make_current()' >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update \
+	&& apt-get -qq install -y --no-install-recommends libegl1 libgl1-mesa-dri >/dev/null; } \
+	|| echo "no OpenGL, so that tests of dm_control are skipped; install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+
+test: .venv/installed opengl  ## everything but the long learning runs
 	.venv/bin/python -m pytest -q
 
 lint: .venv/installed
@@ -26,3 +32,4 @@ lint: .venv/installed
 
 speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
 	.venv/bin/python benchmark/speed.py hyar_td3
+	.venv/bin/python benchmark/speed.py sac_ae_pixels

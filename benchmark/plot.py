@@ -42,19 +42,31 @@ class Args:
 
 
 AVERAGED = "averaged-policy"  # not an ablation of its own: the second evaluation of the same runs
-LAST_EVALUATIONS = 10  # a seed's score is the mean of this many, never its best
+# A seed's score is the mean of this many last evaluations, never its best. SAC+AE's paper, and those after it, report
+# the ten episodes that are played at a fixed step.
+LAST_EVALUATIONS = {"sac_ae_pixels": 1}
+DEFAULT_LAST_EVALUATIONS = 10
 
 
 class Published(NamedTuple):
-    """What papers report for an environment: `column` ("return" or "success"), the script's paper, and CHDP."""
+    """What papers report for an environment: `column` ("return" or "success"), the script's paper, and a later one."""
 
     column: str
     mean: float
     std: float
-    chdp: float
+    later: float
 
+
+# The script's paper and a later one, as the pictures name them, the later one's name in tables, and decimals of scores.
+PAPERS: dict[str, tuple[str, str, str, int]] = {
+    "hyar_td3": ("HyAR-TD3 paper", "CHDP paper", "CHDP", 3),
+    "sac_ae_pixels": ("SAC+AE paper at 100,000 steps", "DrQ paper at 100,000 steps", "DrQ", 0),
+}
+NO_PAPERS = ("paper", "later paper", "later", 3)
 
 # HyAR-TD3: Li et al., ICLR 2022, table 2. CHDP: the best result published since (AAAI 2026, arXiv 2601.05675).
+# SAC+AE at 100,000 environment steps, as CURL's table 1 quotes it (arXiv 2004.04136); its own paper has curves only.
+# DrQ: Kostrikov et al., 2020, its authors' raw data at 100,000 steps.
 PUBLISHED: dict[str, dict[str, Published]] = {
     "hyar_td3": {
         "Platform-v0": Published("return", 0.98, 0.01, 0.997),
@@ -65,7 +77,15 @@ PUBLISHED: dict[str, dict[str, Published]] = {
         "HardMove6-v0": Published("success", 0.92, 0.04, 0.939),
         "HardMove8-v0": Published("success", 0.89, 0.03, 0.906),
         "HardMove10-v0": Published("success", 0.75, 0.05, 0.798),
-    }
+    },
+    "sac_ae_pixels": {
+        "cartpole-swingup": Published("return", 311, 11, 759),
+        "ball_in_cup-catch": Published("return", 391, 82, 914),
+        "finger-spin": Published("return", 740, 64, 901),
+        "walker-walk": Published("return", 394, 22, 634),
+        "reacher-easy": Published("return", 274, 14, 600),
+        "cheetah-run": Published("return", 267, 24, 361),
+    },
 }
 
 Key = tuple[str, str]  # environment id and ablation, which is "" for the results table
@@ -114,7 +134,7 @@ def read_runs(script: str, folder: Path) -> Runs:
                 runs.left_out.append(f"{name} ({last:,} of {arguments['total_timesteps']:,} steps)")
             if not len(rows) or np.isnan(rows[:, 1]).all():
                 continue  # nothing evaluated yet, or a script that evaluates one policy only
-            key = arguments["env_id"], variant
+            key = arguments["env_id"].replace("/", "-").replace(":", "-"), variant  # it becomes a file's name
             curves = (runs.finished if finished else runs.unfinished).setdefault(key, {})
             if arguments["seed"] in curves:
                 usage_error(f"{about.parent} is a second run of {key[0]}, seed {arguments['seed']}; move one away")
@@ -157,9 +177,10 @@ def bootstrap_interval(values: np.ndarray, samples: int = 2_000) -> tuple[np.nda
     return low, high
 
 
-def score(rows: np.ndarray, column: str) -> float:
-    """A seed's score: the mean of its last 10 evaluations (T, 3)."""
-    return float(rows[-LAST_EVALUATIONS:, 1 if column == "return" else 2].mean())
+def score(script: str, rows: np.ndarray, column: str) -> float:
+    """A seed's score: the mean of the last of its evaluations (T, 3), as many as count for this script."""
+    last = LAST_EVALUATIONS.get(script, DEFAULT_LAST_EVALUATIONS)
+    return float(rows[-last:, 1 if column == "return" else 2].mean())
 
 
 def published(script: str, environment: str) -> Published:
@@ -205,7 +226,7 @@ def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
         about = published(script, environment)
         variants = {ablation: seeds for (name, ablation), seeds in sorted(results.items()) if name == environment}
         if "" in variants:
-            paper = {"HyAR-TD3 paper": about.mean, "CHDP paper": about.chdp} if script == "hyar_td3" else {}
+            paper = dict(zip(PAPERS.get(script, NO_PAPERS), (about.mean, about.later), strict=False))
             curve = {"interquartile mean, 95 % interval": variants[""]}
             figure = draw_curves(f"{script} on {environment}", about.column, curve, paper)
             figure.savefig(folder / f"{environment}.png", dpi=120)
@@ -216,15 +237,16 @@ def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
-def mean_and_std(values: Iterable[float]) -> str:
+def mean_and_std(values: Iterable[float], decimals: int = 3) -> str:
     """`mean ± standard deviation` (NumPy's, over N), without the second part for a single value."""
     values = np.array(list(values))
-    return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
+    mean = f"{values.mean():.{decimals}f}"
+    return f"{mean} ± {values.std():.{decimals}f}" if len(values) > 1 else mean
 
 
-def each_seed(scores: dict[int, float]) -> str:
+def each_seed(scores: dict[int, float], decimals: int = 3) -> str:
     """All scores with their seeds in brackets."""
-    return ", ".join(f"{value:.3f} ({seed})" for seed, value in sorted(scores.items()))
+    return ", ".join(f"{value:.{decimals}f} ({seed})" for seed, value in sorted(scores.items()))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -241,9 +263,11 @@ def in_table_order(script: str, results: dict[Key, Seeds]) -> list[tuple[Key, Se
 
 
 def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, set[int]]) -> str:
-    """The results table in Markdown: paper, CHDP, and the scores of the finished seeds."""
+    """The results table in Markdown: the papers, and the scores of the finished seeds."""
+    _, _, later, decimals = PAPERS.get(script, NO_PAPERS)
+    two_policies = script == "hyar_td3" or any(ablation == AVERAGED for _, ablation in results)
     header = [
-        "environment", "column", "paper", "CHDP", "ours", "ours, averaged policy", "seeds", "steps",
+        "environment", "column", "paper", later, "ours", *["ours, averaged policy"] * two_policies, "seeds", "steps",
         "evaluation episodes", "each seed (seed)",
     ]  # fmt: skip
     rows = []
@@ -251,17 +275,20 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
         if ablation:
             continue
         about = published(script, environment)
-        scores = {seed: score(curve, about.column) for seed, curve in seeds.items()}
-        averaged = [score(curve, about.column) for curve in results.get((environment, AVERAGED), {}).values()]
-        averaged_text = mean_and_std(averaged) if averaged else "–"
+        scores = {seed: score(script, curve, about.column) for seed, curve in seeds.items()}
+        curves = results.get((environment, AVERAGED), {}).values()
+        averaged = [score(script, curve, about.column) for curve in curves]
+        averaged_text = mean_and_std(averaged, decimals) if averaged else "–"
         if averaged and len(averaged) != len(seeds):
             averaged_text += f" ({len(averaged)} of the seeds)"
-        paper = "–" if np.isnan(about.mean) else f"{about.mean:.2f} ± {about.std:.2f}"
+        digits = max(0, decimals - 1)
+        paper = "–" if np.isnan(about.mean) else f"{about.mean:.{digits}f} ± {about.std:.{digits}f}"
         rows.append([
-            environment, about.column, paper, "–" if np.isnan(about.chdp) else f"{about.chdp:.3f}",
-            mean_and_std(scores.values()), averaged_text, str(len(seeds)),
+            environment, about.column, paper, "–" if np.isnan(about.later) else f"{about.later:.{decimals}f}",
+            mean_and_std(scores.values(), decimals), *[averaged_text] * two_policies, str(len(seeds)),
             numbers({int(curve[-1, 0]) for curve in seeds.values()}),
-            numbers(episodes.get((environment, "")) or {default_evaluation_episodes(script)}), each_seed(scores),
+            numbers(episodes.get((environment, "")) or {default_evaluation_episodes(script)}),
+            each_seed(scores, decimals),
         ])  # fmt: skip
     return markdown(header, rows)
 
@@ -269,17 +296,18 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
 def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
     """The ablations in Markdown, each beside the unchanged script on the same seeds."""
     header = ["environment", "column", "change", "score", "unchanged, same seeds", "seeds", "steps", "each seed (seed)"]
-    rows = []
+    rows, decimals = [], PAPERS.get(script, NO_PAPERS)[3]
     for (environment, ablation), seeds in in_table_order(script, results):
         if not ablation:
             continue
         column = published(script, environment).column
-        scores = {seed: score(curve, column) for seed, curve in seeds.items()}
+        scores = {seed: score(script, curve, column) for seed, curve in seeds.items()}
         unchanged = results.get((environment, ""), {})
-        same = [score(unchanged[seed], column) for seed in seeds if seed in unchanged]
+        same = [score(script, unchanged[seed], column) for seed in seeds if seed in unchanged]
         rows.append([
-            environment, column, ablation, mean_and_std(scores.values()), mean_and_std(same) if same else "–",
-            str(len(seeds)), numbers({int(curve[-1, 0]) for curve in seeds.values()}), each_seed(scores),
+            environment, column, ablation, mean_and_std(scores.values(), decimals),
+            mean_and_std(same, decimals) if same else "–", str(len(seeds)),
+            numbers({int(curve[-1, 0]) for curve in seeds.values()}), each_seed(scores, decimals),
         ])  # fmt: skip
     return markdown(header, rows)
 

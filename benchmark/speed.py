@@ -1,7 +1,7 @@
 """Measure a script's speed beside a plain version of it, the original's figures, and the machine's limit.
 
     python benchmark/speed.py hyar_td3
-    python benchmark/speed.py hyar_td3 --rounds 10 --json speed.json
+    python benchmark/speed.py sac_ae_pixels --rounds 10 --json speed.json
 
 All in one process with one thread, in CPU-seconds, so that other work on the machine disturbs little. What is compared
 is measured in turns, several rounds; the medians count. Absolute figures depend on the machine, ratios hardly do.
@@ -10,6 +10,7 @@ is measured in turns, several rounds; the medians count. Absolute figures depend
 import copy
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyar_td3
+import sac_ae_pixels
 
 
 @dataclass
@@ -51,6 +53,14 @@ class Args:
     further steps of the VAE begin after some 3,000"""
     learning_steps: int = 1_000
     """environment steps of one measurement of the learning phase"""
+    pixel_environments: tuple[str, ...] = ("cartpole-swingup", "ball_in_cup-catch", "walker-walk")
+    """sac_ae_pixels: the environments whose steps are measured"""
+    pixel_steps: int = 50
+    """sac_ae_pixels: agent steps of one measurement with random actions"""
+    pixel_batch_size: int = 128
+    """sac_ae_pixels: batch size of the updates"""
+    image_size: int = 84
+    """sac_ae_pixels: image size of the updates"""
     json: Path | None = None
     """a file to write the figures to"""
 
@@ -356,8 +366,229 @@ def measure_hyar_td3(args: Args) -> dict[str, Any]:
     return {"environments": environments, "learning": learning, "updates": updates, "roofline": roofline}
 
 
+# SAC+AE --------------------------------------------------------------------------------------------------------------
+class PlainSACAE:
+    """`SACAE.update` in plain eager PyTorch: it gives the same weights, and is what the fast one is measured against.
+
+    A pass of the encoder for each of critic, actor and autoencoder, plain contiguous memory, gradients for everything
+    that a loss reaches, targets that follow parameter by parameter. It has no loop over rows and no `.item()` either,
+    and fused Adam.
+    """
+
+    def __init__(self, agent: sac_ae_pixels.SACAE) -> None:
+        """Start from copies of the agent's networks, with new optimizers."""
+        self.args, self.action_dim = agent.args, agent.action_dim
+        self.actor, self.critic, self.target_critic, self.decoder = (
+            copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+            for network in (agent.actor, agent.critic, agent.target_critic, agent.decoder)
+        )
+        self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
+        for network in (self.actor, self.critic, self.target_critic, self.decoder):
+            for name in ("encoder", ""):
+                module = getattr(network, name, None) if name else network
+                if hasattr(module, "fc"):
+                    self.flatten_filters_first(module, decoder=module is self.decoder)
+        self.log_alpha = nn.Parameter(agent.log_alpha.detach().clone())
+
+        def adam(parameters: Any, learning_rate: float, **options: Any) -> torch.optim.Adam:
+            return torch.optim.Adam(parameters, lr=learning_rate, fused=True, **options)
+
+        rate, encoder = self.args.learning_rate, self.critic.encoder
+        self.actor_optimizer = adam(self.actor.own_parameters(), rate)
+        self.critic_optimizer = adam(self.critic.parameters(), rate)
+        self.alpha_optimizer = adam([self.log_alpha], self.args.alpha_learning_rate, betas=(0.5, 0.999))
+        self.encoder_optimizer = adam(encoder.parameters(), rate)
+        self.decoder_optimizer = adam(self.decoder.parameters(), rate, weight_decay=self.args.decoder_weight_decay)
+
+    def flatten_filters_first(self, module: nn.Module, decoder: bool) -> None:
+        """Reorder a linear layer for features (filter, row, column), which contiguous images have without a copy."""
+        filters, size = self.decoder.shape
+        order = torch.arange(filters * size * size).view(size, size, filters).permute(2, 0, 1).flatten()
+        with torch.no_grad():
+            weight = module.fc.weight
+            module.fc.weight = nn.Parameter(weight[order] if decoder else weight[:, order], weight.requires_grad)
+            if decoder:
+                module.fc.bias = nn.Parameter(module.fc.bias[order])
+
+    def latent(self, encoder: nn.Module, pixels: Tensor, detach: bool = False) -> Tensor:
+        """A whole pass of an encoder."""
+        hidden = pixels
+        for conv in encoder.convs:
+            hidden = F.relu(conv(hidden))
+        hidden = hidden.flatten(1)
+        return torch.tanh(encoder.ln(encoder.fc(hidden.detach() if detach else hidden)))
+
+    def policy(self, pixels: Tensor, noise: Tensor, detach: bool) -> tuple[Tensor, Tensor]:
+        """Sampled action and its log-probability."""
+        output = self.actor.trunk(self.latent(self.actor.encoder, pixels, detach))
+        return sac_ae_pixels.squashed_gaussian(output, noise)[:2]
+
+    def values(self, critic: nn.Module, pixels: Tensor, action: Tensor, detach: bool = False) -> tuple[Tensor, Tensor]:
+        """Both Q functions."""
+        inputs = torch.cat((self.latent(critic.encoder, pixels, detach), action), 1)
+        return critic.q1(inputs)[:, 0], critic.q2(inputs)[:, 0]
+
+    def update(self, batch: sac_ae_pixels.Batch, delayed: bool, noise: sac_ae_pixels.Noise | None = None) -> None:
+        """One update; actor, temperature and targets only where `delayed`. Draws its noise if none is given."""
+        args, pixels = self.args, batch.observation.contiguous().float() / 255.0
+        following = batch.next_observation.contiguous().float() / 255.0
+        target_noise, actor_noise = (torch.randn_like(batch.action) for _ in range(2))
+        dither = torch.rand_like(pixels) if noise is None else noise.dither.contiguous() / 256.0
+        if noise is not None:
+            target_noise, actor_noise = noise.target, noise.actor
+
+        with torch.no_grad():
+            action, log_probability = self.policy(following, target_noise, detach=False)
+            value = torch.minimum(*self.values(self.target_critic, following, action))
+            value = value - self.log_alpha.exp() * log_probability
+            target = batch.reward + args.gamma * (1.0 - batch.terminated) * value
+        q1, q2 = self.values(self.critic, pixels, batch.action)
+        self.step(F.mse_loss(q1, target) + F.mse_loss(q2, target), self.critic_optimizer)
+
+        if delayed:
+            action, log_probability = self.policy(pixels, actor_noise, detach=True)
+            value = torch.minimum(*self.values(self.critic, pixels, action, detach=True))
+            alpha = self.log_alpha.exp()
+            self.step((alpha.detach() * log_probability - value).mean(), self.actor_optimizer)
+            self.step((alpha * (self.action_dim - log_probability).detach()).mean(), self.alpha_optimizer)
+            with torch.no_grad():
+                for name, rate in (("encoder", args.encoder_tau), ("q1", args.tau), ("q2", args.tau)):
+                    pair = (getattr(critic, name).parameters() for critic in (self.target_critic, self.critic))
+                    for old, new in zip(*pair, strict=True):
+                        old.lerp_(new, rate)
+
+        image = torch.floor(batch.observation.contiguous().float() / 8.0) / 32.0 + dither / 32.0 - 0.5
+        latent, decoder = self.latent(self.critic.encoder, pixels), self.decoder
+        filters, size = decoder.shape
+        hidden = F.relu(decoder.fc(latent)).view(-1, filters, size, size)
+        for deconv in decoder.deconvs[:-1]:
+            hidden = F.relu(deconv(hidden))
+        loss = F.mse_loss(decoder.deconvs[-1](hidden), image)
+        loss = loss + args.latent_weight * 0.5 * latent.square().sum(1).mean()
+        self.step(loss, self.encoder_optimizer, self.decoder_optimizer)
+
+    def step(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """One step of these optimizers."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def operations_per_pixel_update(agent: sac_ae_pixels.SACAE) -> float:
+    """Floating-point operations of the products and convolutions of a mean update, every second with an actor's.
+
+    Counted as for HyAR-TD3: a gradient by the weights and one by the inputs cost as much as the pass itself, each where
+    it is needed. The pass of the convolutions that actor and autoencoder share counts once.
+    """
+    args, filters, channels = agent.args, agent.args.num_filters, 3 * agent.args.frame_stack
+    sizes = [agent.decoder.shape[1] + 2 * i for i in reversed(range(args.num_layers))]
+    first, *rest = (
+        9 * size * size * filters * (filters if i else channels) for i, size in enumerate(sizes)
+    )  # of one image; the decoder's layers are the same, the other way round
+    convolutions, head = first + sum(rest), filters * agent.decoder.shape[1] ** 2 * args.feature_dim
+    hidden = args.hidden_dim
+    trunk = hidden * (args.feature_dim + hidden + 2 * agent.action_dim)
+    q = hidden * (args.feature_dim + agent.action_dim + hidden + 1)
+    critic = 5 * convolutions - first + 5 * head + trunk + 8 * q
+    actor = 3 * head + 3 * trunk + 4 * q
+    autoencoder = 6 * convolutions - first + 6 * head
+    return 2.0 * args.batch_size * (critic + autoencoder + actor / 2)
+
+
+def pixel_environment_speed(env_id: str, args: Args) -> dict[str, float]:
+    """CPU-seconds of one agent step (simulation, picture, scaling), as it is by default and in original quality."""
+    works = {}
+    for quality in ("fast", "original"):
+        own = sac_ae_pixels.resolve(sac_ae_pixels.Args(env_id=env_id, render_quality=quality))
+        env = sac_ae_pixels.make_env(own)
+        generator = np.random.default_rng(0)
+        actions = generator.uniform(-1.0, 1.0, (args.pixel_steps, env.action_dim)).astype(np.float32)
+
+        def steps(env: gym.Env = env, actions: np.ndarray = actions) -> None:
+            env.reset(seed=0)
+            for action in actions:
+                env.step(action)
+
+        works[quality] = steps
+    seconds = medians(args.rounds, works)
+    return {name: value / args.pixel_steps for name, value in seconds.items()}
+
+
+def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
+    """Environment steps, updates beside plain ones, and the share of the machine's matrix-product rate."""
+    print("environments, random actions, one picture of 84x84 a step")
+    environments = {}
+    for env_id in args.pixel_environments:
+        figures = environments[env_id] = pixel_environment_speed(env_id, args)
+        ratio = figures["original"] / figures["fast"]
+        print(
+            f"  {env_id:18} {1e3 * figures['fast']:5.1f} ms an agent step; with the task's own shadow map and buffer "
+            f"{1e3 * figures['original']:.1f} ms: {ratio:.1f} times"
+        )
+
+    options = {"env_id": "cheetah-run", "batch_size": args.pixel_batch_size, "image_size": args.image_size}
+    fast, bf16 = (
+        sac_ae_pixels.SACAE(sac_ae_pixels.resolve(sac_ae_pixels.Args(**options, bf16=half)), 6, torch.device("cpu"))
+        for half in (False, True)
+    )
+    plain = PlainSACAE(fast)
+    with tempfile.TemporaryDirectory() as folder:
+        buffer = sac_ae_pixels.ReplayBuffer(Path(folder) / "frames.bin", 500, 0, args.image_size, 3, 6)
+        generator = np.random.default_rng(0)
+        frames = generator.integers(0, 256, (501, 3, args.image_size, args.image_size), np.uint8)
+        buffer.start_episode(frames[0])
+        for frame in frames[1:]:
+            buffer.add(generator.uniform(-1.0, 1.0, 6).astype(np.float32), 1.0, False, frame)
+
+        def pair(update: Callable[[sac_ae_pixels.Batch, bool], Any]) -> Callable[[], None]:
+            """An update without and one with actor and targets, each on a batch of its own."""
+
+            def run() -> None:
+                for delayed in (False, True):
+                    update(buffer.sample(args.pixel_batch_size, torch.device("cpu")), delayed)
+
+            return run
+
+        works = {
+            "plain": pair(plain.update),
+            "fast": pair(lambda batch, delayed: fast.update(batch, delayed, delayed)),
+            "bf16": pair(lambda batch, delayed: bf16.update(batch, delayed, delayed)),
+            "sample": repeat(lambda: buffer.sample(args.pixel_batch_size, torch.device("cpu")), 10),
+        }
+        for name, dtype in (("product", torch.float32), ("product_bf16", torch.bfloat16)):
+            left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+            works[name] = repeat(lambda left=left, right=right: left @ right, 10)
+        seconds = medians(args.rounds, works)
+        buffer.close()
+    operations = operations_per_pixel_update(fast)
+    rates = {name: 10 * 2.0 * 1024**3 / seconds[name] for name in ("product", "product_bf16")}
+    updates: dict[str, Any] = {}
+    print(f"updates, batch {args.pixel_batch_size}, every second with actor and targets, sampling included")
+    for name in ("plain", "fast", "bf16"):
+        took = seconds[name] / 2
+        rate = rates["product_bf16" if name == "bf16" else "product"]
+        updates[name] = {
+            "seconds": took, "ratio": seconds["plain"] / seconds[name], "roofline_share": operations / took / rate,
+        }  # fmt: skip
+        print(
+            f"  {name:5} {1e3 * took:7.1f} ms, {1 / took:.2f} updates/s, {updates[name]['ratio']:.2f} times plain, "
+            f"{updates[name]['roofline_share']:.0%} of the roofline"
+        )
+    print(
+        f"  roofline: {operations / 1e9:.1f} GFLOP an update; matrix products of 1024x1024x1024 run at "
+        f"{rates['product'] / 1e9:.0f} GFLOP/s in float32, {rates['product_bf16'] / 1e9:.0f} in bfloat16"
+    )
+    print(f"  sampling {1e2 * seconds['sample']:.1f} ms of it")
+    return {"environments": environments, "updates": updates, "operations": operations, "product_rates": rates}
+
+
 # Each prints its figures and returns them; add a script's own here.
-MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {"hyar_td3": measure_hyar_td3}
+MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {
+    "hyar_td3": measure_hyar_td3,
+    "sac_ae_pixels": measure_sac_ae_pixels,
+}
 
 
 def main(args: Args) -> None:

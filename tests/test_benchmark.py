@@ -392,7 +392,7 @@ def test_speed_of_an_unknown_script(capsys):
     with pytest.raises(SystemExit) as exit_:
         speed.main(speed.Args("nothing"))
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "error: no measurement of nothing; there are hyar_td3\n"
+    assert capsys.readouterr().err == "error: no measurement of nothing; there are hyar_td3, sac_ae_pixels\n"
 
 
 # --- evaluate.py ---

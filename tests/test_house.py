@@ -62,8 +62,9 @@ def between(text: str, start: str, end: str) -> str:
 
 # --- common text ---
 def common_arguments(name: str) -> str:
+    """The common group; how often and how long is evaluated is each paper's own."""
     text = between(source(name), "class Args:\n", SPECIFIC)
-    # How often and on how many episodes to evaluate depends on what an environment step costs: defaults may differ.
+    text = text[text.index("    exp_name") :]  # after the class's docstring
     own = r"((?:exp_name: str|checkpoint_frequency: int|eval_frequency: int|eval_episodes: int) = ).*"
     return re.sub(own, r"\1...", text)
 

@@ -1,0 +1,1270 @@
+"""SAC+AE: continuous control from pixels, with an autoencoder that shares the critic's encoder.
+
+Soft actor-critic learns from stacked camera frames; its convolutional encoder is trained by the critic's loss and by
+reconstructing the frames, and never by the actor's loss.
+
+Paper: Yarats et al., "Improving Sample Efficiency in Model-Free Reinforcement Learning from Images", 2019,
+https://arxiv.org/abs/1910.01741
+
+    python sac_ae_pixels.py --env cartpole-swingup --total-timesteps 100000 --bf16
+    python sac_ae_pixels.py --env ball_in_cup-catch --random-shift 4 --capture-video
+    python sac_ae_pixels.py --env Pendulum-v1 --image-size 32 --action-repeat 2 --run-name mine --resume
+
+Docs: docs/sac_ae_pixels.md
+"""
+
+import contextlib
+import copy
+import ctypes
+import difflib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """Arguments of one run. Steps are environment steps (an action repeated k times counts k) unless said otherwise."""
+
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, PyTorch uses deterministic algorithms only"""
+    cuda: bool = True
+    """if toggled, a GPU is used where there is one"""
+    track: bool = False
+    """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
+    wandb_project_name: str = "LatentRL"
+    """the wandb project's name"""
+    wandb_entity: str | None = None
+    """the entity (team) of the wandb project"""
+    capture_video: bool = False
+    """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
+    runs_dir: str = "runs"
+    """the folder that run folders are created in"""
+    run_name: str | None = None
+    """the run folder's name (default: environment, experiment, seed and time)"""
+    resume: bool = False
+    """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
+    checkpoint_frequency: int = 10_000
+    """steps between two checkpoints"""
+    eval_frequency: int = 10_000
+    """steps between two evaluations"""
+    eval_episodes: int = 10
+    """episodes of each evaluation, always on the same seeds"""
+
+    # Algorithm specific arguments
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "cartpole-swingup"
+    """the environment: a dm_control task, or any Gymnasium id with a Box action space and rgb_array rendering"""
+    total_timesteps: int | None = None
+    """environment steps of the run (default: by environment)"""
+    action_repeat: int | None = None
+    """how many environment steps an action is repeated for (default: by environment)"""
+    image_size: int = 84
+    """height and width of a frame in pixels"""
+    frame_stack: int = 3
+    """frames in an observation"""
+    camera: int = 0
+    """the camera of a dm_control task"""
+    render_quality: Literal["fast", "original"] = "fast"
+    """dm_control's shadow map: 512 pixels wide, or as the task has it (slow where OpenGL is software)"""
+    buffer_size: int | None = None
+    """newest transitions (agent steps) to sample from (default: all of the run)"""
+    learning_starts: int = 1_000
+    """agent steps with random actions, after which that many updates are made at once"""
+    batch_size: int = 128
+    """transitions of one update"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    learning_rate: float = 1e-3
+    """learning rate of the actor, the critic, the encoder and the decoder"""
+    alpha_learning_rate: float = 1e-4
+    """learning rate of the temperature"""
+    alpha: float = 0.1
+    """the temperature at the start"""
+    tau: float = 0.01
+    """target smoothing coefficient of the Q functions"""
+    encoder_tau: float = 0.05
+    """target smoothing coefficient of the encoder"""
+    policy_frequency: int = 2
+    """updates of the critic per update of the actor and the temperature"""
+    target_network_frequency: int = 2
+    """updates of the critic per update of the targets"""
+    feature_dim: int = 50
+    """size of the latent that the encoder makes of an observation"""
+    num_layers: int = 4
+    """convolutional layers of the encoder and of the decoder"""
+    num_filters: int = 32
+    """filters of each convolutional layer"""
+    hidden_dim: int = 1_024
+    """width of the two hidden layers of the actor and of each Q function"""
+    reconstruction: bool = True
+    """if toggled off, there is no autoencoder: the critic alone trains the encoder (SAC:pixel)"""
+    latent_weight: float = 1e-6
+    """weight of the penalty on the latent in the autoencoder's loss"""
+    decoder_weight_decay: float = 1e-7
+    """weight decay of the decoder"""
+    random_shift: int = 0
+    """pixels by which each sampled observation is shifted at random, as DrQ does with 4 (0: not at all)"""
+    bf16: bool = False
+    """if toggled, networks compute in bfloat16 (weights stay float32): faster where the processor has it"""
+
+
+DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" holds what is not listed above it
+    "finger-spin": {"action_repeat": 2, "total_timesteps": 1_000_000},
+    "walker-walk": {"action_repeat": 2, "total_timesteps": 1_000_000},
+    "ball_in_cup-catch": {"action_repeat": 4, "total_timesteps": 2_000_000},
+    "cartpole-swingup": {"action_repeat": 8, "total_timesteps": 2_000_000},
+    "reacher-easy": {"action_repeat": 4, "total_timesteps": 2_500_000},
+    "cheetah-run": {"action_repeat": 4, "total_timesteps": 3_000_000},
+    "": {"action_repeat": 1, "total_timesteps": 1_000_000},
+}
+
+
+# Environment ---------------------------------------------------------------------------------------------------------
+INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+
+
+def short_id(env_id: str) -> str:
+    """`cartpole-swingup` for `dm_control/cartpole-swingup-v0`; other ids as they are."""
+    return env_id.removeprefix("dm_control/").removesuffix("-v0") if env_id.startswith("dm_control/") else env_id
+
+
+def choose_opengl() -> str | None:
+    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there.
+
+    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
+    """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
+    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
+    if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
+        for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(library)
+                os.environ["MUJOCO_GL"] = name
+                return name
+        return None
+    return os.environ.get("MUJOCO_GL", "native")
+
+
+class PixelEnv(gym.Wrapper):
+    """An environment as an agent with a camera sees it.
+
+    Observations are frames (3, S, S) uint8, actions (A,) float32 in [-1, 1]; an action is repeated, rewards add up.
+    """
+
+    def __init__(self, env: gym.Env, args: Args, video_size: int = 0) -> None:
+        """Wrap `env`; frames may be drawn up to `video_size` pixels wide. Raises ValueError if actions do not fit."""
+        super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
+        self.size, self.camera_id, self.video_size = args.image_size, args.camera, max(video_size, args.image_size)
+        self.quality, self.camera = args.render_quality, None
+        box = env.action_space
+        if not isinstance(box, gym.spaces.Box):
+            raise ValueError(f"sac_ae_pixels needs a Box action space, {args.env_id} has {box}")
+        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            raise ValueError(f"bounded actions expected, {args.env_id} has {box}; wrap it with finite bounds")
+        self.box, self.action_dim = box, math.prod(box.shape)
+        if self.action_dim == 0:
+            raise ValueError(f"at least one action dimension expected, {args.env_id} has {box}")
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,))
+        self.observation_space = gym.spaces.Box(0, 255, (3, self.size, self.size), np.uint8)
+        # A dm_control task behind shimmy is drawn through dm_control itself: a camera that is kept is faster.
+        self.through_dm_control = type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """The first frame of an episode."""
+        _, info = self.env.reset(seed=seed, options=options)
+        return self.frame(), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Repeat one action (A,) in [-1, 1]."""
+        low, high = self.box.low.astype(float), self.box.high.astype(float)
+        scaled = low + (high - low) * (action.astype(float).reshape(self.box.shape) + 1.0) / 2.0
+        action = scaled.clip(low, high).astype(self.box.dtype)
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self.frame(), float(reward), terminated, truncated, info
+
+    def frame(self) -> np.ndarray:
+        """What the camera sees now: (3, S, S) uint8. Raises ValueError if that is no picture."""
+        if self.through_dm_control:
+            image = self.dm_control_frame()
+        else:
+            image = self.env.render()
+            if not (isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3):
+                raise ValueError(f"a picture (height, width, 3) expected from render(), got {type(image).__name__}")
+            if image.shape[:2] != (self.size, self.size):
+                picture = PIL.Image.fromarray(image).resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
+                image = np.asarray(picture)
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+    def dm_control_frame(self) -> np.ndarray:
+        """A dm_control task's picture (S, S, 3), valid until the next.
+
+        Where OpenGL is software, most of the time goes into the shadow map and into an off-screen buffer that is larger
+        than the picture. Both can be changed until the first picture is drawn; the buffer's size changes no pixel.
+        """
+        physics = self.unwrapped.physics
+        if self.camera is None or self.camera[0] is not physics:
+            from dm_control.mujoco.engine import Camera
+
+            visual = physics.model.vis
+            visual.global_.offwidth = visual.global_.offheight = self.video_size
+            if self.quality == "fast":
+                visual.quality.shadowsize = min(512, visual.quality.shadowsize)
+            self.camera = physics, Camera(physics, self.size, self.size, self.camera_id)
+        return self.camera[1].render()
+
+
+def make_env(args: Args, video: bool = False) -> PixelEnv:
+    """Make the environment and draw a first frame. Raises ValueError with one line, if that is not possible.
+
+    With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
+    """
+    opengl, env_id, video_size, options = choose_opengl(), args.env_id, 256 * video, {}
+    task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
+    if task or env_id.startswith("dm_control/"):
+        if opengl is None:
+            raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
+        try:
+            import shimmy
+        except ImportError as error:
+            raise ValueError(f"{env_id} needs dm_control ({error}); try pip install 'shimmy[dm-control]'") from None
+        except Exception as error:  # a library of OpenGL that is there, but not as it should be
+            raise ValueError(f"{env_id}: no OpenGL ({type(error).__name__}: {error}); {INSTALL_OPENGL}") from None
+        gym.register_envs(shimmy)
+        env_id = f"dm_control/{env_id}-v0" if task else env_id
+        size = max(video_size, args.image_size)
+        options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
+    try:
+        env = gym.make(env_id, render_mode="rgb_array", **options)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        near = [short_id(name) for name in difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
+        raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
+    if env.render_mode != "rgb_array":
+        raise ValueError(f"{args.env_id} cannot be drawn: it has no rgb_array rendering")
+    pixels = PixelEnv(env, args, video_size)
+    try:
+        pixels.reset(seed=0)
+    except Exception as error:
+        hint = f"; {INSTALL_OPENGL}" if "GL" in str(error) else ""
+        raise ValueError(f"{args.env_id} cannot be drawn: {type(error).__name__}: {error}{hint}") from None
+    return pixels
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+def smallest_image(num_layers: int) -> int:
+    """The smallest image that so many layers leave at least one pixel of."""
+    return 4 * num_layers - 1
+
+
+def feature_map_size(image_size: int, num_layers: int) -> int:
+    """Height and width after the convolutions: the first has stride 2, all have a kernel of 3 and no padding."""
+    return (image_size - 3) // 2 + 1 - 2 * (num_layers - 1)
+
+
+def initialise(module: nn.Module) -> None:
+    """Orthogonal linear layers; convolutions that are orthogonal in their centre and 0 around it; no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        centre = module.weight.shape[2] // 2
+        with torch.no_grad():
+            nn.init.orthogonal_(module.weight[:, :, centre, centre], nn.init.calculate_gain("relu"))
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers with ReLU."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, outputs)
+    )
+
+
+class Encoder(nn.Module):
+    """Pixels (B, C, S, S) in [0, 1] -> latent (B, D) in (-1, 1); C = 9 for three frames, D = 50.
+
+    Features are flattened with the channels last, which costs no copy in the memory format that is fast.
+    """
+
+    def __init__(self, channels: int, args: Args) -> None:
+        """Convolutions, then one linear layer, LayerNorm and tanh."""
+        super().__init__()
+        filters, size = args.num_filters, feature_map_size(args.image_size, args.num_layers)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(filters if i else channels, filters, 3, stride=1 if i else 2) for i in range(args.num_layers)
+        )
+        self.fc = nn.Linear(filters * size * size, args.feature_dim)
+        self.ln = nn.LayerNorm(args.feature_dim)
+
+    def copy_conv_weights_from(self, source: "Encoder") -> None:
+        """Tie the convolutions to those of `source`: the same tensors from now on, not copies."""
+        self.convs = source.convs
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the convolutions make of pixels: (B, F), F = rows x columns x filters."""
+        hidden = pixels
+        for conv in self.convs:
+            hidden = F.relu(conv(hidden), inplace=True)
+        return hidden.permute(0, 2, 3, 1).flatten(1)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features (B, F) -> latent (B, D)."""
+        return torch.tanh(self.ln(self.fc(features).float()))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels -> latent."""
+        return self.head(self.features(pixels))
+
+
+class Decoder(nn.Module):
+    """Latent (B, D) -> reconstruction (B, C, S, S), the encoder's mirror; targets are in [-0.5, 0.5)."""
+
+    def __init__(self, channels: int, args: Args) -> None:
+        """A linear layer, then transposed convolutions, the last one with stride 2."""
+        super().__init__()
+        filters, layers = args.num_filters, args.num_layers
+        self.shape = filters, feature_map_size(args.image_size, layers)
+        self.fc = nn.Linear(args.feature_dim, filters * self.shape[1] ** 2)
+        self.deconvs = nn.ModuleList(nn.ConvTranspose2d(filters, filters, 3) for _ in range(layers - 1))
+        # Stride 2 has taken an even image's last row and column: the padding gives them back.
+        padding = 1 - args.image_size % 2
+        self.deconvs.append(nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=padding))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """The reconstruction of each latent."""
+        filters, size = self.shape
+        hidden = F.relu(self.fc(latent), inplace=True).view(-1, size, size, filters).permute(0, 3, 1, 2)
+        for deconv in self.deconvs[:-1]:
+            hidden = F.relu(deconv(hidden), inplace=True)
+        return self.deconvs[-1](hidden)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+
+
+def squashed_gaussian(output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A policy head's output (B, 2A) and standard normal noise (B, A) -> action (B, A), log-probability (B,), log std.
+
+    The change of variables by tanh costs log(1 - action^2), kept finite by 1e-6 as in the original code: a form without
+    that constant differs by more than 10 where actions saturate.
+    """
+    mean, log_std = output.chunk(2, 1)
+    log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1.0)
+    action = torch.tanh(mean + noise * log_std.exp())
+    log_probability = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+    log_probability = log_probability - torch.log(F.relu(1.0 - action.square()) + 1e-6)
+    return action, log_probability.sum(1), log_std
+
+
+class Actor(nn.Module):
+    """The policy: its encoder has the critic's convolutions and a head of its own."""
+
+    def __init__(self, channels: int, action_dim: int, args: Args) -> None:
+        """Two hidden layers between the latent and the 2A outputs, mean and raw log standard deviation."""
+        super().__init__()
+        self.encoder = Encoder(channels, args)
+        self.trunk = mlp(args.feature_dim, args.hidden_dim, 2 * action_dim)
+
+    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled action (B, A), log-probability (B,) and log standard deviation (B, A), of features (B, F)."""
+        return squashed_gaussian(self.trunk(self.encoder.head(features)).float(), noise)
+
+    def mean_action(self, features: Tensor) -> Tensor:
+        """The action (B, A) without noise."""
+        return torch.tanh(self.trunk(self.encoder.head(features)).float().chunk(2, 1)[0])
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Everything but the tied convolutions, which the actor's loss must never move."""
+        return [*self.encoder.fc.parameters(), *self.encoder.ln.parameters(), *self.trunk.parameters()]
+
+
+class Critic(nn.Module):
+    """An encoder and two Q functions of its latent and the action."""
+
+    def __init__(self, channels: int, action_dim: int, args: Args) -> None:
+        """Two hidden layers in each Q function."""
+        super().__init__()
+        self.encoder = Encoder(channels, args)
+        self.q1 = mlp(args.feature_dim + action_dim, args.hidden_dim, 1)
+        self.q2 = mlp(args.feature_dim + action_dim, args.hidden_dim, 1)
+
+    def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Both values (B,), of features (B, F) and actions (B, A)."""
+        inputs = torch.cat((self.encoder.head(features), action), 1)
+        return self.q1(inputs).float()[:, 0], self.q2(inputs).float()[:, 0]
+
+
+# Replay buffer -------------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """Transitions: (B, C, S, S), (B, A), (B,), (B, C, S, S), (B,) float 0 or 1; observations are uint8 or scaled."""
+
+    observation: Tensor
+    action: Tensor
+    reward: Tensor
+    next_observation: Tensor
+    terminated: Tensor
+
+
+class ReplayBuffer:
+    """Transitions in order, their frames once each, as uint8 in a memory-mapped file.
+
+    Transition i adds one frame, what is seen after it, in slot i; an episode's first frame is in a second half of the
+    slots, one for each episode. A stack is put together when it is sampled: frames from before the episode's start are
+    its first frame. Slots are used in turns; the file has holes where nothing was written.
+
+    There are `reserve` slots more than can be sampled: as many transitions as there are between two checkpoints do not
+    touch what the last checkpoint counts on.
+    """
+
+    def __init__(self, path: Path, capacity: int, reserve: int, image_size: int, stack: int, action_dim: int) -> None:
+        """Open or make the file. `capacity` is in transitions."""
+        self.capacity, self.slots, self.stack, self.path = capacity, capacity + reserve, stack, path
+        self.frame_bytes = 3 * image_size * image_size
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self.file, 2 * self.slots * self.frame_bytes)
+        shape = 2 * self.slots, 3, image_size, image_size
+        self.frames = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
+        self.values = torch.zeros(self.slots, action_dim + 2)  # action, reward, terminated
+        self.origins = torch.zeros(self.slots, 2, dtype=torch.int64)  # the episode's first transition, and its number
+        self.size, self.first, self.episode = 0, 0, -1
+
+    def write(self, slot: int, frame: np.ndarray) -> None:
+        """Put a frame into the file. Raises OSError if the disk is full: a store to mapped memory would kill us."""
+        if os.pwrite(self.file, frame.tobytes(), slot * self.frame_bytes) != self.frame_bytes:
+            raise OSError("no space left on the disk")
+
+    def start_episode(self, frame: np.ndarray) -> None:
+        """Begin an episode with its first frame (3, S, S)."""
+        self.first, self.episode = self.size, self.episode + 1
+        self.write(self.slots + self.episode % self.slots, frame)
+
+    def add(self, action: np.ndarray, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
+        """Append one transition of the current episode."""
+        slot = self.size % self.slots
+        self.write(slot, next_frame)
+        self.values[slot] = torch.tensor([*action.tolist(), reward, terminated])
+        self.origins[slot, 0], self.origins[slot, 1] = self.first, self.episode
+        self.size += 1
+
+    def sample(self, batch_size: int, device: torch.device) -> Batch:
+        """Transitions drawn uniformly, with replacement."""
+        index = torch.randint(max(0, self.size - self.capacity), self.size, (batch_size,))
+        return self.gather(index, device)
+
+    def gather(self, index: Tensor, device: torch.device) -> Batch:
+        """Transitions by their number (B,) since the start."""
+        row = index % self.slots
+        values, (first, episode) = self.values[row], self.origins[row][:, :, None].unbind(1)
+        steps = index[:, None] + torch.arange(-self.stack, 1)  # the transitions that the frames were seen after
+        slots = torch.where(steps >= first, steps % self.slots, self.slots + episode % self.slots)
+        frames = self.frames.index_select(0, slots.flatten()).view(len(index), -1, *self.frames.shape[2:])
+        frames = frames.to(device, memory_format=torch.channels_last)  # (B, 3 (stack + 1), S, S)
+        values = values.to(device)
+        return Batch(frames[:, :-3], values[:, :-2], values[:, -2], frames[:, 3:], values[:, -1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the frames, which are on the disk when this returns."""
+        os.fsync(self.file)
+        used = min(self.size, self.slots)
+        counters = {name: getattr(self, name) for name in ("size", "first", "episode")}
+        return {**counters, "values": self.values[:used].clone(), "origins": self.origins[:used].clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the frames of the file."""
+        self.size, self.first, self.episode = state["size"], state["first"], state["episode"]
+        self.values[: len(state["values"])] = state["values"]
+        self.origins[: len(state["origins"])] = state["origins"]
+
+    def close(self, delete: bool = False) -> None:
+        """Close the file, or remove it."""
+        os.close(self.file)
+        if delete:
+            self.path.unlink()
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+class Noise(NamedTuple):
+    """What an update draws: (B, A) and (B, A) standard normal, (B, C, S, S) uint8 uniform (None without a decoder)."""
+
+    target: Tensor
+    actor: Tensor
+    dither: Tensor | None
+
+
+def random_bytes(shape: torch.Size, device: torch.device) -> Tensor:
+    """Uniform uint8 with the channels (dimension 1) last in memory; eight bytes a draw."""
+    batch, channels, height, width = shape
+    count = math.prod(shape)
+    draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
+    return draws.view(torch.uint8)[:count].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def reconstruction_target(observation: Tensor, dither: Tensor) -> Tensor:
+    """uint8 pixels reduced to 5 bits, with `dither` (uint8, of 256) of a step added, in [-0.5, 0.5)."""
+    levels = (observation & 248).to(torch.int16) * 32 + dither  # 256 for each of the 32 steps
+    return levels.float().mul_(1.0 / 8192.0).sub_(0.5)
+
+
+def random_shift(images: Tensor, pad: int, offsets: Tensor | None = None) -> Tensor:
+    """Shift each image (B, C, S, S) by up to `pad` pixels, repeating its border, as DrQ does.
+
+    `offsets` (B, 2) in 0..2 pad are drawn here if they are not given.
+    """
+    if offsets is None:
+        offsets = torch.randint(0, 2 * pad + 1, (len(images), 2), device=images.device)
+    size = images.shape[-1]
+    line = torch.arange(size, device=images.device)
+    index = (line + offsets[:, :, None] - pad).clamp_(0, size - 1)  # (B, 2, S)
+    rows = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[rows, :, index[:, 0, :, None], index[:, 1, None, :]].permute(0, 3, 1, 2)  # channels last
+
+
+def gradient_step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    """One step of these optimizers on `loss`; only their own parameters get gradients."""
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        # A fused Adam reads weights and gradients in the order of memory, so that this must be the same for both.
+        same = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+class SACAE:
+    """Networks, optimizers and the updates; an update takes a batch, does one step, returns detached tensors."""
+
+    def __init__(self, args: Args, action_dim: int, device: torch.device) -> None:
+        """Build everything; `args` has no None left (see `resolve`)."""
+        self.args, self.device, self.action_dim = args, device, action_dim
+        channels = 3 * args.frame_stack
+        self.actor, self.critic = Actor(channels, action_dim, args), Critic(channels, action_dim, args)
+        self.decoder = Decoder(channels, args)
+        for module in (self.actor, self.critic, self.decoder):
+            module.apply(initialise)
+            module.to(device, memory_format=torch.channels_last)
+        self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+
+        def adam(parameters: Any, learning_rate: float, **options: Any) -> torch.optim.Adam:
+            return torch.optim.Adam(parameters, learning_rate, fused=True, **options)
+
+        self.actor_optimizer = adam(self.actor.own_parameters(), args.learning_rate)
+        self.critic_optimizer = adam(self.critic.parameters(), args.learning_rate)
+        self.alpha_optimizer = adam([self.log_alpha], args.alpha_learning_rate, betas=(0.5, 0.999))
+        # The encoder has two optimizers, each with moments of its own, as in the original code.
+        self.encoder_optimizer = adam(self.critic.encoder.parameters(), args.learning_rate)
+        decay = args.decoder_weight_decay
+        self.decoder_optimizer = adam(self.decoder.parameters(), args.learning_rate, weight_decay=decay)
+        self.encoder_pair = [list(c.encoder.parameters()) for c in (self.target_critic, self.critic)]
+        self.q_pair = [[*c.q1.parameters(), *c.q2.parameters()] for c in (self.target_critic, self.critic)]
+
+    def precision(self) -> torch.autocast:
+        """The context that networks are called in: bfloat16 with `--bf16`, else float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def scale(self, observation: Tensor) -> Tensor:
+        """Pixels uint8 -> [0, 1], in the precision that the networks compute in."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        return observation.to(dtype, memory_format=torch.channels_last).div_(255.0)
+
+    @torch.inference_mode()
+    def act(self, observation: np.ndarray, sample: bool = False) -> np.ndarray:
+        """Actions (N, A) for observations (N, C, S, S) uint8: the mean's, or sampled ones."""
+        with self.precision():
+            features = self.critic.encoder.features(self.scale(torch.from_numpy(observation).to(self.device)))
+            if sample:
+                noise = torch.randn(len(observation), self.action_dim, device=self.device)
+                return self.actor(features, noise)[0].cpu().numpy()
+            return self.actor.mean_action(features).cpu().numpy()
+
+    @torch.no_grad()
+    def critic_target(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Targets (B,) of both Q functions: reward and the soft value of what follows (equations 2 and 3)."""
+        with self.precision():
+            features = self.critic.encoder.features(batch.next_observation)
+            action, log_probability, _ = self.actor(features, noise)
+            target_features = self.target_critic.encoder.features(batch.next_observation)
+            value = torch.minimum(*self.target_critic(target_features, action))
+        value = value - self.log_alpha.exp() * log_probability
+        return batch.reward + self.args.gamma * (1.0 - batch.terminated) * value
+
+    def update_critic(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
+        """One step of the encoder and both Q functions. `batch` is scaled, `noise` (B, A) draws the next action."""
+        target = self.critic_target(batch, noise)
+        with self.precision():
+            q1, q2 = self.critic(self.critic.encoder.features(batch.observation), batch.action)
+        loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
+        gradient_step(loss, self.critic_optimizer)
+        return {"critic": loss.detach(), "q_value": q1.detach().mean()}
+
+    def update_actor(self, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """One step of the actor on detached features (B, F), then one of the temperature on the same sample."""
+        with self.precision():
+            action, log_probability, log_std = self.actor(features, noise)
+            value = torch.minimum(*self.critic(features, action))
+        alpha = self.log_alpha.exp()
+        loss = (alpha.detach() * log_probability - value).mean()
+        gradient_step(loss, self.actor_optimizer)
+        # The target entropy is -|A|: the temperature falls while the policy's entropy is above it.
+        alpha_loss = (alpha * (self.action_dim - log_probability).detach()).mean()
+        gradient_step(alpha_loss, self.alpha_optimizer)
+        entropy = 0.5 * self.action_dim * (1.0 + math.log(2.0 * math.pi)) + log_std.detach().sum(1).mean()
+        losses = {"actor": loss, "entropy": entropy, "alpha_loss": alpha_loss, "alpha": alpha}
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Let the target critic follow, its encoder faster than its Q functions."""
+        torch._foreach_lerp_(*self.q_pair, self.args.tau)
+        torch._foreach_lerp_(*self.encoder_pair, self.args.encoder_tau)
+
+    def update_reconstruction(self, features: Tensor, observation: Tensor, dither: Tensor) -> dict[str, Tensor]:
+        """One step of encoder and decoder (equation 4), on the convolutions' features (B, F) of uint8 observations."""
+        target = reconstruction_target(observation, dither)
+        with self.precision():
+            latent = self.critic.encoder.head(features)
+            reconstruction = self.decoder(latent)
+        error = F.mse_loss(reconstruction.float(), target)
+        penalty = 0.5 * latent.square().sum(1).mean()
+        loss = error + self.args.latent_weight * penalty
+        gradient_step(loss, self.encoder_optimizer, self.decoder_optimizer)
+        losses = {"autoencoder": loss, "reconstruction": error, "latent": penalty}
+        return {name: value.detach() for name, value in losses.items()}
+
+    def draw(self, batch: Batch) -> Noise:
+        """The noise of one update."""
+        normal = torch.randn(2, *batch.action.shape, device=self.device)
+        dither = random_bytes(batch.observation.shape, self.device) if self.args.reconstruction else None
+        return Noise(*normal, dither)
+
+    def update(self, batch: Batch, actor: bool, targets: bool, noise: Noise | None = None) -> dict[str, Tensor]:
+        """One update of everything, in the original's order; actor and targets only where told so.
+
+        Actor, its Q functions and autoencoder all see the critic's new convolutions, so that one pass serves them.
+        """
+        args = self.args
+        if args.random_shift:
+            batch = batch._replace(
+                observation=random_shift(batch.observation, args.random_shift),
+                next_observation=random_shift(batch.next_observation, args.random_shift),
+            )
+        noise = noise or self.draw(batch)
+        pixels, following = self.scale(batch.observation), self.scale(batch.next_observation)
+        losses = self.update_critic(batch._replace(observation=pixels, next_observation=following), noise.target)
+        if actor or args.reconstruction:
+            with torch.set_grad_enabled(args.reconstruction), self.precision():
+                features = self.critic.encoder.features(pixels)
+        if actor:
+            losses |= self.update_actor(features.detach(), noise.actor)
+        if targets:
+            self.update_targets()
+        if args.reconstruction:
+            losses |= self.update_reconstruction(features, batch.observation, noise.dither)
+        return losses
+
+    @torch.inference_mode()
+    def reconstruct(self, observation: np.ndarray) -> np.ndarray:
+        """Reconstructions (N, C, S, S) in [0, 1] of observations (N, C, S, S) uint8."""
+        pixels = torch.from_numpy(observation).to(self.device)
+        with self.precision():
+            return (self.decoder(self.critic.encoder(self.scale(pixels))).float() + 0.5).clamp_(0.0, 1.0).cpu().numpy()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks by name."""
+        return {name: getattr(self, name) for name in ("actor", "critic", "target_critic", "decoder")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
+        names = "actor", "critic", "alpha", "encoder", "decoder"
+        return {
+            **{name: module.state_dict() for name, module in self.modules().items()},
+            **{f"{name}_optimizer": getattr(self, f"{name}_optimizer").state_dict() for name in names},
+            "log_alpha": self.log_alpha.detach(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
+        for name, part in state.items():
+            if name == "log_alpha":
+                self.log_alpha.data.copy_(part)
+            else:
+                getattr(self, name).load_state_dict(part)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+def stack_frames(stack: np.ndarray | None, frame: np.ndarray, count: int) -> np.ndarray:
+    """The observation (3 count, S, S) after `frame` (3, S, S); an episode's first frame is seen `count` times."""
+    return np.concatenate([frame] * count if stack is None else [stack[3:], frame])
+
+
+def play(agent: SACAE, env: gym.Env, seed: int, count: int) -> Iterator[tuple[np.ndarray, float]]:
+    """One episode without noise: each observation with the reward that came after it."""
+    observation, done = stack_frames(None, env.reset(seed=seed)[0], count), False
+    while not done:
+        frame, reward, terminated, truncated, _ = env.step(agent.act(observation[None])[0])
+        yield observation, float(reward)
+        observation, done = stack_frames(observation, frame, count), terminated or truncated
+
+
+def evaluate(
+    agent: SACAE, env: gym.Env, args: Args, stopped: Callable[[], Any] = lambda: False
+) -> tuple[dict[str, float], np.ndarray] | None:
+    """Play `eval_episodes` episodes without noise; also give six observations (6, C, S, S) of the first episode.
+
+    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Gives the mean
+    `episodic_return`, `return_std` and the mean `episodic_length` in agent steps; None if it was `stopped`.
+    """
+    returns, lengths, seen = [], [], []
+    for i in range(args.eval_episodes):
+        rewards = []
+        for observation, reward in play(agent, env, episode_seed(args.seed, i, stream=1), args.frame_stack):
+            rewards.append(reward)
+            if i == 0:
+                seen.append(observation)
+            if stopped():
+                return None
+        returns.append(sum(rewards))
+        lengths.append(len(rewards))
+    shown = np.stack([seen[k] for k in np.linspace(0, len(seen) - 1, 6).astype(int)])
+    return {
+        "episodic_return": float(np.mean(returns)),
+        "return_std": float(np.std(returns)),
+        "episodic_length": float(np.mean(lengths)),
+    }, shown
+
+
+def record_videos(
+    agent: SACAE, args: Args, folder: Path, step: int, stopped: Callable[[], Any], episodes: int = 3
+) -> list[Path]:
+    """Write mp4 videos of the first evaluation episodes and return their paths."""
+    pixels = make_env(args, video=True)
+    step_seconds = pixels.unwrapped.control_timestep() if pixels.through_dm_control else 0.0
+    rate = 1.0 / step_seconds if step_seconds else pixels.metadata.get("render_fps", 30)
+    env = gym.wrappers.RecordVideo(
+        pixels, str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}",
+        fps=max(1, round(rate / args.action_repeat)), disable_logger=True,
+    )  # fmt: skip
+    for i in range(episodes):
+        for _ in play(agent, env, episode_seed(args.seed, i, stream=1), args.frame_stack):
+            if stopped():
+                break
+    env.close()
+    return sorted((folder / "videos").glob(f"step{step}-*.mp4"))
+
+
+# --- run folder, logging, checkpoints: the same text in every script ---
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2; called before anything is created."""
+    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    raise SystemExit(2)
+
+
+def episode_seed(seed: int, index: int, stream: int = 0) -> int:
+    """The reset seed of one episode: a pure function, so that each can be replayed alone (stream 1: evaluation)."""
+    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder, everything that is written into it, and the signals that end a run."""
+
+    def __init__(self, args: Args) -> None:
+        """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
+        if args.resume and not args.run_name:
+            usage_error("--resume needs the --run-name of the run to continue")
+        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.name = name.replace("/", "-").replace(":", "-")
+        self.folder = Path(args.runs_dir) / self.name
+        self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
+        self.eval_rows: list[dict[str, float]] = []
+        self.signal, self.wandb, self.checkpoint = 0, None, None
+        if self.folder.exists() and not args.resume:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        if args.resume and self.folder.exists():
+            self.load_checkpoint()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
+        if self.checkpoint is None:
+            git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+            commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
+            about = {
+                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
+                "commit": commit, "python": sys.version.split()[0],
+                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+            }  # fmt: skip
+            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+            shutil.copy(__file__, self.folder / Path(__file__).name)
+        step = self.checkpoint["step"] if self.checkpoint else 0
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        if args.track:
+            import wandb
+
+            try:
+                wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                if self.checkpoint is None:
+                    shutil.rmtree(self.folder)
+                usage_error(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline")
+            wandb.define_metric("*", step_metric="global_step")
+            self.wandb = wandb
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self.started = self.shown = self.window_time = time.monotonic()
+        self.window_step = step
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Remember the signal; the loop saves and stops after its current step."""
+        self.signal = number
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({**metrics, "global_step": step})
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.eval_rows.append({"step": step, **metrics})
+        self.write_evaluations()
+
+    def write_evaluations(self) -> None:
+        """Write all evaluations so far to `eval.csv`."""
+        rows = [row.values() for row in self.eval_rows]
+        lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
+        write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
+
+    def log_figure(self, step: int, name: str, figure: Any) -> None:
+        """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
+        path = self.folder / f"{name}.png"
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        figure.clear()
+        image = np.asarray(PIL.Image.open(path).convert("RGB"))
+        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        if self.wandb:
+            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+
+    def log_videos(self, step: int, paths: list[Path]) -> None:
+        """Show videos that lie in the run folder in wandb too."""
+        if self.wandb and paths:
+            videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
+            self.wandb.log({"videos/evaluation": videos, "global_step": step})
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
+                print(f"{self.name}: {done}, {text}", flush=True)
+
+    def steps_per_second(self, step: int) -> float:
+        """Environment steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
+        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        own = {
+            "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
+            "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }  # fmt: skip
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save({**own, **state}, file))
+
+    def load_checkpoint(self) -> None:
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        try:
+            if path.exists():
+                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                script, arguments = self.checkpoint["script"], json.loads(self.checkpoint["arguments"])
+                self.eval_rows = self.checkpoint["eval_rows"]
+            elif about.exists():
+                recorded = json.loads(about.read_text())
+                script, arguments = recorded["script"], recorded["arguments"]
+            elif not {path.name for path in self.folder.iterdir()} - {"args.json.tmp"}:
+                return  # killed before anything was written
+            else:
+                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
+        except Exception as error:  # a damaged file raises nearly anything
+            damaged, reason = path if path.exists() else about, type(error).__name__
+            usage_error(f"{damaged} is damaged ({reason}); restore a copy, or start again with another --run-name")
+        if script != Path(__file__).stem:
+            usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
+        changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
+        if changed:
+            listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
+            usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
+        if self.checkpoint and self.checkpoint["finished"]:
+            print(f"{self.folder} is finished")
+            raise SystemExit(0)
+
+    def restore_random_state(self) -> None:
+        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
+        torch.set_rng_state(self.checkpoint["torch_rng"])
+        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        self.write_evaluations()
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with one line and status 1; the last checkpoint stays as it is."""
+        path = self.folder / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        self.close()
+        print(f"error: {message}; {last}", file=sys.stderr)
+        raise SystemExit(1)
+
+    def stop(self) -> NoReturn:
+        """End the run after a signal, with the status that a shell gives it (143 or 130)."""
+        self.close()
+        print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def close(self) -> None:
+        """Close the bar and the loggers and give the signals back."""
+        self.bar.close()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# --- end of the common block ---
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+def new_figure(rows: int, columns: int, title: str, size: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
+    figure = Figure(figsize=(1.2 * size * columns + 0.6, size * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_reconstructions(agent: SACAE, observations: np.ndarray, title: str) -> Figure:
+    """The newest frame of each observation (N, C, S, S) above what the autoencoder makes of it."""
+    figure, axes = new_figure(2, len(observations), title, size=1.5)
+    rows = observations[:, -3:] / 255.0, agent.reconstruct(observations)[:, -3:]
+    for row, name, images in zip(axes, ("observation", "reconstruction"), rows, strict=True):
+        row[0].set_ylabel(name)
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
+    """Evaluation return, with its deviation over episodes, over environment steps."""
+    figure, axes = new_figure(1, 1, title, size=3.5)
+    steps, mean, std = (np.array([row[name] for row in rows]) for name in ("step", "episodic_return", "return_std"))
+    axes[0, 0].plot(steps, mean, marker=".")
+    axes[0, 0].fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
+    axes[0, 0].set(xlabel="environment steps", ylabel="evaluation return")
+    axes[0, 0].grid(alpha=0.3)
+    return figure
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+def resolve(args: Args) -> Args:
+    """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
+    args.env_id = short_id(args.env_id)
+    for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(args.env_id, {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    at_least_one = {
+        "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "action_repeat", "image_size",
+        "frame_stack", "buffer_size", "batch_size", "policy_frequency", "target_network_frequency", "feature_dim",
+        "num_layers", "num_filters", "hidden_dim",
+    }  # fmt: skip
+    for name, value in asdict(args).items():
+        least = 1 if name in at_least_one else 0
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
+    for name, limit in (("gamma", 1.0), ("tau", 1.0), ("encoder_tau", 1.0), ("random_shift", args.image_size)):
+        if getattr(args, name) > limit:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
+    if args.alpha == 0.0:
+        raise ValueError("--alpha 0: a temperature above 0 expected, its logarithm is learnt")
+    least = smallest_image(args.num_layers)
+    if args.image_size < least:
+        size = f"--image-size {args.image_size} is too small for --num-layers {args.num_layers}"
+        raise ValueError(f"{size}: at least {least} pixels expected, or fewer layers")
+    steps = agent_steps(args)
+    if args.buffer_size is None:
+        args.buffer_size = steps
+    if steps < args.learning_starts:
+        flags = f"--total-timesteps {args.total_timesteps} are {steps} agent steps, below --learning-starts"
+        raise ValueError(
+            f"{flags} {args.learning_starts}: nothing would be learnt; raise the first or lower the second"
+        )
+    return args
+
+
+def agent_steps(args: Args) -> int:
+    """Agent steps of the run, the last one begun within `total_timesteps`."""
+    return -(-args.total_timesteps // args.action_repeat)
+
+
+def replay_sizes(args: Args) -> tuple[int, int]:
+    """Transitions that can be sampled, and slots on top: none if all of the run's fit (see `ReplayBuffer`)."""
+    steps = agent_steps(args)
+    if args.buffer_size >= steps:
+        return steps, 0
+    return args.buffer_size, -(-args.checkpoint_frequency // args.action_repeat) + args.frame_stack
+
+
+def announce_replay(args: Args) -> None:
+    """Say how large the replay memory will be. Raises ValueError if the disk is too small for it."""
+    frames, size = sum(replay_sizes(args)), args.image_size
+    needed = 3 * size * size * frames * 1.01  # and one frame an episode
+    folder = Path(args.runs_dir).absolute()
+    present = (folder / args.run_name / "frames.bin") if args.run_name else None
+    if present and present.exists():  # what a run that is continued has written
+        needed -= 512 * present.stat().st_blocks
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    about = f"replay memory of {frames:,} frames of {size}x{size}: {3e-9 * size * size * frames:.2f} GB"
+    if needed > free:
+        raise ValueError(f"{about}, but {folder} has {1e-9 * free:.2f} GB left; lower --buffer-size or --image-size")
+    print(f"{about} on the disk, in the run folder")
+
+
+def warn_about_bf16() -> None:
+    """Say what bfloat16 costs where the processor has no instructions for it."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", flags.read_text()):
+        return
+    images, kernel = torch.ones(16, 32, 41, 41), torch.ones(32, 32, 3, 3)
+
+    def seconds(dtype: torch.dtype) -> float:
+        values = [value.to(dtype, memory_format=torch.channels_last) for value in (images, kernel)]
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            F.conv2d(*values)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    slower = seconds(torch.bfloat16) / seconds(torch.float32)
+    message = f"this processor has neither AMX nor AVX512-bf16: a convolution takes {slower:.1f} times as long"
+    print(f"warning: --bf16: {message} as in float32", file=sys.stderr)
+
+
+def check_finite(run: Run, reward: float, step: int, args: Args, episode: int) -> None:
+    """End the run at a reward that is not finite, before it reaches the buffer or a checkpoint."""
+    if not math.isfinite(reward):
+        seed = episode_seed(args.seed, episode)
+        run.fail(f"step {step}: reward {reward} is not finite, in the episode with reset seed {seed}")
+
+
+def save_model(agent: SACAE, args: Args, path: Path) -> None:
+    """Write the weights alone (and the arguments, from which `SACAE` can be built again)."""
+    state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
+    content = {**state, "action_dim": agent.action_dim, "arguments": json.dumps(asdict(args))}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def main(args: Args) -> Path:
+    """Train one agent and return its run folder."""
+    try:
+        args = resolve(args)
+        env, evaluation_env = make_env(args), make_env(args)
+        announce_replay(args)
+    except ValueError as error:
+        usage_error(str(error))
+    run = Run(args)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    if args.bf16 and device.type == "cpu":
+        warn_about_bf16()
+    repeat, last_step = args.action_repeat, agent_steps(args)
+    print(f"{run.name}: {last_step:,} agent steps, each {repeat} environment steps")
+    agent = SACAE(args, env.action_dim, device)
+    path = run.folder / "frames.bin"
+    if run.checkpoint and not path.exists():
+        run.fail(f"{path} is missing, which holds the replay memory: restore it, or start with another --run-name")
+    buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
+    recent_returns: deque[float] = deque(maxlen=10)
+    losses: dict[str, Tensor] = {}
+
+    def start_episode() -> np.ndarray:
+        """The first observation of the current episode, which is also put into the buffer."""
+        frame = env.reset(seed=episode_seed(args.seed, episode))[0]
+        buffer.start_episode(frame)
+        return stack_frames(None, frame, args.frame_stack)
+
+    if run.checkpoint is None:
+        agent_step = episode = updates_due = evaluation_due = 0
+        episode_return, episode_actions = 0.0, []
+        observation = start_episode()
+    else:
+        state = run.checkpoint
+        agent_step, episode = state["agent_step"], state["episode"]
+        updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
+        episode_return, episode_actions = state["episode_return"], state["episode_actions"]
+        recent_returns.extend(state["recent_returns"])
+        agent.load_state_dict(state["agent"])
+        buffer.load_state_dict(state["buffer"])
+        frame = env.reset(seed=episode_seed(args.seed, episode))[0]
+        observation = stack_frames(None, frame, args.frame_stack)
+        for action in episode_actions:  # replay the interrupted episode up to here
+            frame = env.step(np.array(action, np.float32))[0]
+            observation = stack_frames(observation, frame, args.frame_stack)
+        if not np.array_equal(observation, state["observation"].numpy()):
+            print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
+            episode, episode_return, episode_actions = episode + 1, 0.0, []
+            observation = start_episode()
+        run.restore_random_state()
+
+    mean_return = float(np.mean(recent_returns or [math.nan]))
+    while True:
+        step, burst = agent_step * repeat, agent_step == args.learning_starts
+        # What this agent step still owes is in the checkpoint: a signal interrupts it, and a resumed run goes on here.
+        while updates_due and not run.signal:
+            losses |= agent.update(
+                buffer.sample(args.batch_size, device),
+                actor=burst or agent_step % args.policy_frequency == 0,
+                targets=burst or agent_step % args.target_network_frequency == 0,
+            )
+            updates_due -= 1
+            run.progress(step, f"return {mean_return:.3f}" + f", {updates_due:,} updates to go" * (updates_due > 0))
+        crossed = [step // every > (step - repeat) // every for every in (1_000, args.checkpoint_frequency)]
+        last = agent_step == last_step
+        if agent_step and (crossed[0] or crossed[1] or evaluation_due or last or run.signal):
+            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+            run.log(step, {
+                "charts/episodic_return": mean_return, "charts/episodes": episode,
+                "charts/SPS": run.steps_per_second(step),
+            })  # fmt: skip
+        if evaluation_due and not run.signal:
+            result = evaluate(agent, evaluation_env, args, lambda: run.signal)
+            if result is not None:
+                metrics, shown = result
+                evaluation_due = 0
+                run.log_evaluation(step, metrics)
+                if args.reconstruction:
+                    figure = draw_reconstructions(agent, shown, f"{args.env_id}, step {step:,}")
+                    run.log_figure(step, "reconstruction", figure)
+                if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
+                    save_model(agent, args, run.folder / "best_model.pt")
+        if agent_step and (crossed[1] or last or run.signal):
+            run.save_checkpoint(step, {
+                "agent": agent.state_dict(), "buffer": buffer.state_dict(), "agent_step": agent_step,
+                "updates_due": updates_due, "evaluation_due": evaluation_due, "episode": episode,
+                "episode_actions": episode_actions, "episode_return": episode_return,
+                "observation": torch.from_numpy(observation), "recent_returns": list(recent_returns),
+            })  # fmt: skip
+        if run.signal:
+            run.stop()
+        if last:
+            break
+
+        if agent_step < args.learning_starts:
+            action = torch.rand(env.action_dim).mul_(2.0).sub_(1.0).numpy()
+        else:
+            action = agent.act(observation[None], sample=True)[0]
+        if not np.isfinite(action).all():  # diverged: name the loss, if it shows there already
+            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+            run.fail(f"step {step}: the policy's action is {action}; try a smaller learning rate")
+        frame, reward, terminated, truncated, _ = env.step(action)
+        agent_step += 1
+        step = agent_step * repeat
+        check_finite(run, reward, step, args, episode)
+        try:
+            buffer.add(action, reward, terminated, frame)
+            episode_actions.append(action.tolist())
+            episode_return += reward
+            observation = stack_frames(observation, frame, args.frame_stack)
+            if terminated or truncated:
+                recent_returns.append(episode_return)
+                mean_return = sum(recent_returns) / len(recent_returns)
+                episode, episode_return, episode_actions = episode + 1, 0.0, []
+                observation = start_episode()
+        except OSError as error:
+            run.fail(f"step {step}: cannot write to {buffer.path}: {error.strerror or error}")
+        if agent_step == args.learning_starts:
+            updates_due = args.learning_starts  # as the original does: all that the random steps would have had
+        elif agent_step > args.learning_starts:
+            updates_due = 1
+        evaluation_due = int(step // args.eval_frequency > (step - repeat) // args.eval_frequency)
+        evaluation_due = int(evaluation_due or agent_step == last_step)
+        run.progress(step, f"return {mean_return:.3f}")
+
+    save_model(agent, args, run.folder / "model.pt")
+    run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, run.name))
+    if args.capture_video:
+        paths = record_videos(agent, args, run.folder, step, lambda: run.signal)
+        if run.signal:
+            run.stop()
+        run.log_videos(step, paths)
+    run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
+    buffer.close(delete=True)
+    run.close()
+    score = run.eval_rows[-1]
+    print(f"last evaluation: return {score['episodic_return']:.1f} ± {score['return_std']:.1f}; see {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
