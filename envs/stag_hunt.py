@@ -97,13 +97,21 @@ def destinations(size: int) -> np.ndarray:
     return table
 
 
-@functools.lru_cache
-def distances(size: int) -> np.ndarray:
-    """Steps between two cells of an empty board (cells + 1, cells + 1); `FAR` from or to "gone"."""
-    row, column = np.divmod(np.arange(size * size), size)
-    table = np.full((size * size + 1,) * 2, FAR, np.int64)
-    table[:-1, :-1] = abs(row[:, None] - row) + abs(column[:, None] - column)
-    return table
+def distances(blocked: np.ndarray, size: int) -> np.ndarray:
+    """Length of the shortest way between any two places (B, cells + 1, cells + 1) on boards (B, cells + 1).
+
+    Grows a circle around each cell, one step at a time; `FAR` where there is no way, as from and to "gone".
+    """
+    free = ~blocked
+    reached = np.eye(free.shape[1], dtype=bool) & free[:, :, None]
+    result = np.where(reached, 0, FAR)
+    for step in range(1, free.shape[1]):
+        wider = (reached | reached[:, :, destinations(size)[:, :STAY]].any(3)) & free[:, None, :]
+        result[wider & ~reached] = step
+        if (wider == reached).all():
+            break
+        reached = wider
+    return result
 
 
 @functools.lru_cache
@@ -207,8 +215,9 @@ class VectorStagHunt:
         self.t = 0
         self.table = destinations(config.size)
         self.games = np.arange(len(self.seeds))[:, None]
-        self.fields: list[np.ndarray] = [np.empty(0), np.empty(0)]
-        self._measure(slice(None))
+        # Without obstacles all games share one board.
+        self.boards = self.games if config.n_blocks else np.zeros_like(self.games)
+        self.distances = distances(self.blocked if config.n_blocks else self.blocked[:1], config.size)
 
     @property
     def alive(self) -> np.ndarray:
@@ -252,9 +261,6 @@ class VectorStagHunt:
         self.players = np.where(caught, config.cells, self.table[players, np.minimum(actions, STAY)])
         if config.stag_moves:
             self._move_stags()
-            self._measure(slice(None))
-        elif len(changed):
-            self._measure(changed)
         self.t += 1
         return rewards
 
@@ -268,23 +274,23 @@ class VectorStagHunt:
             stays = self.blocked[self.games[:, 0], to] | (others == to[:, None]).any(1)
             self.stags[:, j] = np.where(stays, self.stags[:, j], to)
 
-    def _measure(self, games: Any) -> None:
-        """Compute `fields`, the distances (B, cells + 1) to the nearest stag and hare, anew for some games."""
-        for i, prey in enumerate((self.stags, self.hares)):
-            field = nearest(prey[games], self.blocked[games], self.config)
-            if isinstance(games, slice):
-                self.fields[i] = field
-            else:
-                self.fields[i][games] = field
+    def _nearest(self, prey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each player (B, n): the way to the nearest of `prey` (B, P), and its place; `FAR` if there is none."""
+        if prey.shape[1] == 0:
+            return np.full(self.players.shape, FAR), self.players
+        far = self.distances[self.boards[:, :, None], self.players[:, :, None], prey[:, None, :]]  # (B, n, P)
+        best = (far * (self.config.cells + 1) + prey[:, None, :]).argmin(2)
+        return np.take_along_axis(far, best[:, :, None], 2)[:, :, 0], np.take_along_axis(prey, best, 1)
 
     def policy_probabilities(
         self, strategies: Sequence[str], legal: np.ndarray, tie_break: str = "random", epsilon: float = 0.0
     ) -> np.ndarray:
         """Probabilities (B, n, K, 7) float32 with which each strategy acts for each player.
 
-        NS and NH take a step that shortens the way to the nearest prey of their kind, all such steps being equally
-        likely (or always the first of them, with `tie_break` "first"); on it they hunt if that is legal and stay
-        otherwise; if none is left they stay. With probability `epsilon` any legal action is taken.
+        NS and NH aim at the nearest prey of their kind, of several as near at the first in reading order. They take a step
+        that shortens the way there, all such steps being equally likely (or always the first of them, with `tie_break`
+        "first"); on it they hunt if that is legal and stay otherwise; if none is left they stay. With probability
+        `epsilon` any legal action is taken.
         """
         players = self.players
         around = self.table[players, :STAY]
@@ -294,9 +300,10 @@ class VectorStagHunt:
             if strategy == "random":
                 result[:, :, k] = uniform
                 continue
-            field, hunt = (self.fields[0], HUNT_STAG) if strategy == "NS" else (self.fields[1], HUNT_HARE)
-            here = field[self.games, players]
-            nearer = field[self.games[:, :, None], around] < here[:, :, None]
+            prey, hunt = (self.stags, HUNT_STAG) if strategy == "NS" else (self.hares, HUNT_HARE)
+            here, target = self._nearest(prey)
+            further = self.distances[self.boards[:, :, None], around, target[:, :, None]]
+            nearer = (further < here[:, :, None]) & (here < FAR)[:, :, None]
             if tie_break == "first":
                 nearer &= nearer.cumsum(2) == 1
             ways = nearer.sum(2)
@@ -316,24 +323,9 @@ class VectorStagHunt:
         return (total <= (u * total[:, :, -1])[:, :, None]).sum(2)
 
 
-def nearest(prey: np.ndarray, blocked: np.ndarray, config: Config) -> np.ndarray:
-    """Length of the shortest way from each place (B, cells + 1) to the nearest of the prey (B, P); `FAR` if none."""
-    if prey.shape[1] == 0:
-        return np.full(blocked.shape, FAR)
-    if config.n_blocks == 0:
-        return distances(config.size)[prey].min(1)
-    field = np.full(blocked.shape, FAR)
-    np.put_along_axis(field, prey, 0, 1)
-    field[:, -1] = FAR
-    for _ in range(config.cells):
-        further = np.where(blocked, FAR, np.minimum(field, field[:, destinations(config.size)].min(2) + 1))
-        if (further == field).all():
-            break
-        field = further
-    return np.minimum(field, FAR)
-
-
-def planes(players: np.ndarray, stags: np.ndarray, hares: np.ndarray, blocked: np.ndarray, config: Config) -> np.ndarray:
+def planes(
+    players: np.ndarray, stags: np.ndarray, hares: np.ndarray, blocked: np.ndarray, config: Config
+) -> np.ndarray:
     """Observations (N, n + 3, H, W) uint8 of rows of places (N, n), (N, S), (N, H) and blocked cells (N, cells + 1).
 
     The players of a row come ego first (see `ego_first`).
@@ -544,7 +536,9 @@ class StagHunt(ParallelEnv):
         for name in ("players", "stags", "hares"):
             if ((values[name] < 0) | (values[name] > config.cells)).any():
                 raise ValueError(f"state: {name} at places from 0 to {config.cells} expected, got {values[name]}")
-        self._players, self._stags, self._hares = (values[k].astype(int).tolist() for k in ("players", "stags", "hares"))
+        self._players, self._stags, self._hares = (
+            values[k].astype(int).tolist() for k in ("players", "stags", "hares")
+        )
         self._blocked = [*np.asarray(values.get("blocks", np.zeros(config.cells))).astype(bool).tolist(), True]
         self._t, self._seed = int(values.get("t", 0)), int(values.get("seed", self._random.integers(2**31)))
         self._previous = np.asarray(values.get("previous_actions", [-1] * config.n_players)).astype(int).tolist()
@@ -578,7 +572,10 @@ class StagHunt(ParallelEnv):
                     cells[place] += letters or str(i)
         width = max(2, *(len(cell) for cell in cells))
         size = self.config.size
-        rows = [" ".join((cell or ".").ljust(width) for cell in cells[i : i + size]).rstrip() for i in range(0, len(cells), size)]
+        rows = [
+            " ".join((cell or ".").ljust(width) for cell in cells[i : i + size]).rstrip()
+            for i in range(0, len(cells), size)
+        ]
         return "\n".join([*rows, self._caption()])
 
     def _draw(self) -> Picture:
@@ -735,7 +732,12 @@ def collect(
 
 
 def play(
-    games: VectorStagHunt, roster: np.ndarray, max_cycles: int, strategies: Sequence[str], tie_break: str, epsilon: float
+    games: VectorStagHunt,
+    roster: np.ndarray,
+    max_cycles: int,
+    strategies: Sequence[str],
+    tie_break: str,
+    epsilon: float,
 ) -> Arrays:
     """Play games to their end, seats as in `roster` (B, n), and return their rows by episode, agent and step."""
     history: list[Arrays] = []
@@ -759,7 +761,9 @@ def play(
     steps = {name: np.stack([step[name] for step in history]) for name in history[0]}  # (T, B, ...)
     episode, agent, t = np.nonzero(steps["alive"].transpose(1, 2, 0))
     row = {name: values[t, episode] for name, values in steps.items() if values.ndim == 3 and name != "alive"}
-    turned = {name: ego_first(row[name], agent) for name in ("players", "next_players", "actions", "previous", "rewards")}
+    turned = {
+        name: ego_first(row[name], agent) for name in ("players", "next_players", "actions", "previous", "rewards")
+    }
     blocked, ended = games.blocked[episode], turned["next_players"][:, 0] == games.config.cells
     return {
         "obs": planes(turned["players"], row["stags"], row["hares"], blocked, games.config),
