@@ -103,14 +103,14 @@ class Args:
     total_timesteps: int = 6_000
     """gradient steps"""
     model: Literal["mse", "cell", "entity"] = "entity"
-    """what is predicted: a number, or a probability, for each plane and cell; or a place for each player and the stag"""
+    """what is predicted: numbers, or probabilities, of planes and cells; or a place for each player and the stag"""
     action_input: Literal["painted", "planes"] = "painted"
     """joint action painted at each player's own cell, or as constant planes"""
     mask: bool = True
     """if toggled, an entity's places are those within one step, or gone (only with --model entity)"""
     contrastive_coef: float = 0.0
     """weight of InfoNCE between (frame, joint action) and next frame"""
-    hidden_dim: int = 64
+    hidden_dim: int = 32
     """channels of the hidden layers"""
     num_layers: int = 1
     """3 x 3 convolutions; one 1 x 1 convolution follows"""
@@ -120,9 +120,6 @@ class Args:
     """batch size"""
     open_loop_steps: int = 20
     """longest roll-out without looking at the true frames"""
-
-
-EVENTS = ("hare", "stag")  # what a reward may come from, in the report
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -181,7 +178,7 @@ def places(obs: Tensor, players: int) -> Tensor:
     Of a plane with several ones (a wrong prediction, or several stags) the first counts.
     """
     planes = torch.cat((obs[:, :players], obs[:, players + 1 : players + 2]), 1).flatten(2)
-    return torch.where(planes.any(2), planes.to(torch.uint8).argmax(2), planes.shape[2])
+    return torch.where(planes.bool().any(2), planes.argmax(2), planes.shape[2])
 
 
 def read_plain(path: Path) -> dict[str, np.ndarray]:
@@ -340,6 +337,7 @@ class WorldModel(nn.Module):
         reach = torch.ones(game.cells + 1, game.cells + 1, dtype=torch.bool)
         reach[:-1, :-1], reach[-1, :-1] = near, False
         self.register_buffer("reach", reach, persistent=False)
+        self.to(memory_format=torch.channels_last)  # the convolutions are faster so
 
     def entity_channels(self) -> list[int]:
         """The planes that hold one entity each."""
@@ -430,7 +428,7 @@ class Learner:
     def losses(self, batch: Transitions) -> dict[str, Tensor]:
         """The parts of the loss: frame, reward and, where it is asked for, the contrastive term.
 
-        The frame's is summed over a frame and averaged over the batch: a negative log-likelihood in nats (mse: squared).
+        The frame's is summed over a frame and averaged over the batch: a negative log-likelihood in nats, or squares.
         """
         game, model = self.game, self.model
         prediction, features = model(batch.obs, batch.actions, batch.next_obs)
@@ -501,7 +499,7 @@ def violations(
     """Which frames (B,) break which rule of Markov Stag-Hunt, and `any`. Frames are uint8, rewards (B, n)."""
     n, width = game.players, game.width
     before, after = obs[:, :n].flatten(2), next_obs[:, :n].flatten(2)
-    was, there, count = before.any(2), after.any(2), after.sum(2, dtype=torch.int64)
+    was, there, count = before.bool().any(2), after.bool().any(2), after.sum(2, dtype=torch.int64)
     place = before.to(torch.uint8).argmax(2)
     cell = torch.arange(game.cells, device=obs.device)
     row, column = cell // width, cell % width
@@ -560,7 +558,7 @@ def event_names(game: Game, hare: float = 1.0, stag: float = 10.0) -> dict[float
     return {value: names.get(value, f"reward {value:g}") for value in game.reward_values if value}
 
 
-def test_frames(
+def measure_frames(
     game: Game, predict: Predict, data: Transitions, stag_moves: bool = False, batch_size: int = 2_000
 ) -> dict[str, Any]:
     """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
@@ -595,7 +593,7 @@ def test_frames(
     return result
 
 
-def test_values(expected: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], data: Transitions) -> dict[str, Any]:
+def measure_values(expected: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], data: Transitions) -> dict[str, Any]:
     """Squared errors of expected frames (B, C, H, W) and rewards (B, n), and both definitions of PSNR, in dB.
 
     `psnr_of_mean` is 10 log10(1 / MSE); `mean_of_psnr` averages over frames, none of which counts above 100 dB.
@@ -615,7 +613,7 @@ def test_values(expected: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], dat
     }  # fmt: skip
 
 
-def test_open_loop(game: Game, predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
+def measure_open_loop(game: Game, predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
     """Share of exact frames after k steps that see only predicted frames, of those games that last `steps` steps more.
 
     All games are rolled out together. Starts are where such a game is first seen, and every `steps` steps.
@@ -635,7 +633,7 @@ def test_open_loop(game: Game, predict: Predict, data: Transitions, steps: int) 
 
 
 class Tested(NamedTuple):
-    """A model under test: how it predicts, how it draws (if it can), its expected values, and its arguments (if ours)."""
+    """A model under test: its likeliest frames, draws (if it can), expected values, and arguments (if it is ours)."""
 
     mode: Predict
     sample: Predict | None
@@ -715,8 +713,8 @@ def ranking(learner: Learner, data: Transitions, pool: int = 1_000) -> dict[str,
 def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100) -> float:
     """The share of frames that a perfect model's most likely frame hits: 1, unless stags move at random.
 
-    Then the environment is set to the state of some rows again and again, and the commonest outcome counted: the mean of
-    the largest probability, estimated (a little above the truth, as a maximum of estimates is).
+    Then the environment is set to the state of some rows again and again, and the commonest outcome counted: the mean
+    of the largest probability, estimated (a little above the truth, as a maximum of estimates is).
     """
     if not args.stag_moves:
         return 1.0
@@ -744,19 +742,19 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     return float(np.mean(shares))
 
 
-def full_test(
+def measure_all(
     tested: Tested, learner: Learner | None, args: Args, game: Game, train: Transitions, test: Transitions
 ) -> dict[str, Any]:
     """Everything that the report, `metrics.json` and the pictures need."""
     mean = train.next_obs.float().mean(0), train.rewards.mean(0)
     result: dict[str, Any] = {
-        "rows": len(test.obs), "limit": game_limit(args, test), "values": test_values(tested.expected, test),
-        "values_copy": test_values(lambda obs, _: (obs.float(), torch.zeros(len(obs), game.players)), test),
-        "values_mean": test_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
-        "mode": test_frames(game, tested.mode, test, args.stag_moves),
-        "sample": test_frames(game, tested.sample, test, args.stag_moves) if tested.sample else None,
-        "copy": test_frames(game, lambda obs, _: (obs, torch.zeros(len(obs), game.players)), test, args.stag_moves),
-        "open_loop": test_open_loop(game, tested.mode, test, args.open_loop_steps),
+        "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(tested.expected, test),
+        "values_copy": measure_values(lambda obs, _: (obs.float(), torch.zeros(len(obs), game.players)), test),
+        "values_mean": measure_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
+        "mode": measure_frames(game, tested.mode, test, args.stag_moves),
+        "sample": measure_frames(game, tested.sample, test, args.stag_moves) if tested.sample else None,
+        "copy": measure_frames(game, lambda obs, _: (obs, torch.zeros(len(obs), game.players)), test, args.stag_moves),
+        "open_loop": measure_open_loop(game, tested.mode, test, args.open_loop_steps),
         "impossible": sorted(impossible(tested.args)),
     }  # fmt: skip
     offset = [0]
@@ -766,7 +764,7 @@ def full_test(
         offset[0] += len(obs)
         return test.next_obs[rows], test.rewards[rows]
 
-    result["truth"] = test_frames(game, truth, test, args.stag_moves)
+    result["truth"] = measure_frames(game, truth, test, args.stag_moves)
     if learner is not None and learner.args.model != "mse":
         result["calibration"] = calibration(learner, test)
     if learner is not None and learner.args.contrastive_coef > 0.0:
@@ -779,18 +777,19 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     values, copy, mean = result["values"], result["values_copy"], result["values_mean"]
     lines = [
         f"=== {name}: {result['rows']:,} transitions ===",
-        f"Obs MSE:  {values['obs_mse']:.6f}   (copying the frame {copy['obs_mse']:.6f}, the mean frame {mean['obs_mse']:.6f})",
-        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error; {values['mean_of_psnr']:.2f} dB as the mean over "
-        "frames (at most 100 each)",
+        f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
+        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error; {values['mean_of_psnr']:.2f} dB as the mean of",
+        "          all frames (at most 100 each)",
         f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
-        "Per-channel MSE: " + ", ".join(f"{n} {v:.2e}" for n, v in zip(game.channel_names, values["channel_mse"], strict=True)),
-        "",
-    ]  # fmt: skip
+    ]
+    channels = zip(game.channel_names, values["channel_mse"], strict=True)
+    lines += ["Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels), ""]
     columns = [key for key in ("mode", "sample", "copy", "truth") if result[key]]
     lines.append(f"{'share of frames, %':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}")
     rows = {
-        "exact": "exactly right", "exact_changed": "... where something changed", "exact_event": "... where prey was caught",
-        "exact_players": "all players right", "reward": "all rewards right", "reward_event": "... where prey was caught",
+        "exact": "exactly right", "exact_changed": "... where something changed",
+        "exact_event": "... where prey was caught", "exact_players": "all players right",
+        "reward": "all rewards right", "reward_event": "... where prey was caught",
     }  # fmt: skip
     for key, label in rows.items():
         limit = f"{100 * result['limit']:10.2f}" if key == "exact" else ""
@@ -1077,9 +1076,8 @@ def draw_frame(axis: Any, game: Game, frame: Tensor, actions: Tensor | None = No
     axis.set(xlim=(-0.5, game.width - 0.5), ylim=(game.height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
     for spine in axis.spines.values():
         spine.set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
-    for edge in range(1, max(game.width, game.height)):
-        axis.axvline(edge - 0.5, color="#e4e4e0", linewidth=0.5)
-        axis.axhline(edge - 0.5, color="#e4e4e0", linewidth=0.5)
+    axis.vlines(np.arange(1, game.width) - 0.5, -0.5, game.height - 0.5, color="#e4e4e0", linewidth=0.5)
+    axis.hlines(np.arange(1, game.height) - 0.5, -0.5, game.width - 0.5, color="#e4e4e0", linewidth=0.5)
     for channel, colour in ((n, "#8d9096"), (n + 1, "#d9b48c"), (n + 2, "#bfe3c9")):
         for row, column in frame[channel].nonzero().tolist():
             axis.fill(
@@ -1230,11 +1228,11 @@ def main(args: Args) -> Path:
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
         if evaluating or last:
-            metrics = test_frames(game, tested.mode, sample, args.stag_moves)
+            metrics = measure_frames(game, tested.mode, sample, args.stag_moves)
             run.log_evaluation(step, {
                 "exact": metrics["exact"], "exact_changed": metrics["exact_changed"],
                 "any_violation": metrics["violation any"], "reward_event": metrics["reward_event"],
-                "obs_mse": test_values(tested.expected, sample)["obs_mse"],
+                "obs_mse": measure_values(tested.expected, sample)["obs_mse"],
             })  # fmt: skip
         if step % args.checkpoint_frequency == 0 or last or run.signal:
             state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
@@ -1243,12 +1241,11 @@ def main(args: Args) -> Path:
                 run.stop()
 
     if args.load is None:
-        content = {
-            "model": learner.model.state_dict(), "arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict()),
-        }  # fmt: skip
+        about = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
+        content = {"model": learner.model.state_dict(), **about}
         write_atomically(run.folder / "model.pt", lambda file: torch.save(content, file))
     try:
-        result = full_test(tested, learner, args, game, train, test)
+        result = measure_all(tested, learner, args, game, train, test)
     except ValueError as error:  # a foreign function may fail on some rows only
         run.fail(str(error))
     name = args.load or f"{args.model}, {args.action_input}"
