@@ -100,7 +100,7 @@ class Args:
     """train and test on this file instead: a record of games, or an npz with obs, actions, rewards and next_obs"""
     load: str | None = None
     """test this model instead of training one: a model.pt of this script, or `module:function`"""
-    total_timesteps: int = 6_000
+    total_timesteps: int = 5_000
     """gradient steps"""
     model: Literal["mse", "cell", "entity"] = "entity"
     """what is predicted: numbers, or probabilities, of planes and cells; or a place for each player and the stag"""
@@ -792,8 +792,8 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
         "reward": "all rewards right", "reward_event": "... where prey was caught",
     }  # fmt: skip
     for key, label in rows.items():
-        limit = f"{100 * result['limit']:10.2f}" if key == "exact" else ""
-        lines.append(f"{label:34}" + "".join(f"{100 * result[c][key]:10.2f}" for c in columns) + limit)
+        limit = f"{100 * result['limit']:10.3f}" if key == "exact" else ""
+        lines.append(f"{label:34}" + "".join(f"{100 * result[c][key]:10.3f}" for c in columns) + limit)
     for rule in [*RULES, "any"]:
         label = f"breaks a rule: {rule}" + ("*" if rule in result["impossible"] else "")
         lines.append(f"{label:34}" + "".join(f"{100 * result[c][f'violation {rule}']:10.3f}" for c in columns))
