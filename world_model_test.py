@@ -9,7 +9,7 @@ Planning", ICML 2024, https://arxiv.org/abs/2406.08002; the contrastive term: va
 https://arxiv.org/abs/1807.03748
 
     python world_model_test.py
-    python world_model_test.py --model mse --action-input planes --preset 4p5b4x4
+    python world_model_test.py --model mse --action-input planes --env 4p5b4x4
     python world_model_test.py --load my_package.my_module:my_model
 
 Docs: docs/world_model_test.md
@@ -31,7 +31,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import PIL.Image
@@ -82,10 +82,8 @@ class Args:
     """episodes of each evaluation, always on the same seeds"""
 
     # Algorithm specific arguments
-    env_id: str = "markov_stag_hunt-v0"
-    """the game: its name becomes a part of the run folder's"""
-    preset: Literal["4p5b8x8", "4p6b8x8", "4p5b4x4"] = "4p5b8x8"
-    """the size of the game that is collected: players, beasts and board"""
+    env_id: Annotated[Literal["4p5b8x8", "4p6b8x8", "4p5b4x4"], tyro.conf.arg(aliases=["--env"])] = "4p5b8x8"
+    """the stag hunt that is collected: players, beasts and board"""
     max_cycles: int = 35
     """the limit of the collected games, in steps"""
     stag_moves: bool = False
@@ -237,8 +235,8 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
 
 def collect(args: Args, rows: int, seed: int) -> Transitions:
     """Games of Markov Stag-Hunt between scripted and random players; cached under data/."""
-    config = stag_hunt.Config(**stag_hunt.PRESETS[args.preset], n_blocks=args.n_blocks, stag_moves=args.stag_moves)
-    kind = f"{args.preset}{'_moving' * args.stag_moves}{f'_{args.n_blocks}blocks' * bool(args.n_blocks)}"
+    config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=args.stag_moves)
+    kind = f"{args.env_id}{'_moving' * args.stag_moves}{f'_{args.n_blocks}blocks' * bool(args.n_blocks)}"
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
     names = ("obs", "joint_action", "rewards", "next_obs", "episode", "agent", "t", "split")
     if not path.exists():
@@ -718,7 +716,7 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     """
     if not args.stag_moves:
         return 1.0
-    preset = stag_hunt.PRESETS[args.preset]
+    preset = stag_hunt.PRESETS[args.env_id]
     env = stag_hunt.parallel_env(**preset, n_blocks=args.n_blocks, stag_moves=True, max_cycles=args.max_cycles + 1)
     env.reset(seed=0)
     n, cells, shares = preset["n_players"], preset["size"] ** 2, []

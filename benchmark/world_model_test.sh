@@ -16,7 +16,7 @@ for seed in 1 2 3; do
     job 3-mse-painted-contrastive $seed --model mse --contrastive-coef 0.1
     job 4-cell $seed --model cell
     job 5-entity-no-mask $seed --no-mask
-    job 0-mse-planes-4x4 $seed --model mse --action-input planes --preset 4p5b4x4
+    job 0-mse-planes-4x4 $seed --model mse --action-input planes --env 4p5b4x4
     job 7-entity-moving-stag $seed --stag-moves
     job 8-mse-painted-moving-stag $seed --model mse --stag-moves
 done

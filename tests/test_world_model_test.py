@@ -505,7 +505,7 @@ def test_a_function_that_does_not_fit_is_refused(returned, part, tmp_path, capsy
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path, no_pictures, capsys):
-    small = run(tmp_path, run_name="small", preset="4p5b4x4")
+    small = run(tmp_path, run_name="small", env_id="4p5b4x4")
     with pytest.raises(SystemExit) as error:
         run(tmp_path, load=str(small / "model.pt"))
     line = capsys.readouterr().err.strip()
