@@ -1,4 +1,6 @@
-"""Hybrid-action environments. Importing this package registers their ids with Gymnasium."""
+"""Environments. Importing this package registers their ids with Gymnasium, and the stag hunt's with PettingZoo."""
+
+import contextlib
 
 from gymnasium.envs.registration import register
 
@@ -10,3 +12,13 @@ register("HardMove-v0", entry_point="envs.point_mass:HardMoveEnv")
 for n in (4, 6, 8, 10):
     register(f"HardMove{n}-v0", entry_point="envs.point_mass:HardMoveEnv", kwargs={"n": n})
 register("SimpleMove-v0", entry_point="envs.point_mass:SimpleMoveEnv")
+
+with contextlib.suppress(ModuleNotFoundError):  # the game for several agents needs PettingZoo; the others do not
+    import pettingzoo
+
+    pettingzoo.register("parallel", "markov_stag_hunt-v0", entry_point="envs.stag_hunt:parallel_env")
+    pettingzoo.register("aec", "markov_stag_hunt-v0", entry_point="envs.stag_hunt:env")
+    for name, size, stags in (("4p5b8x8", 8, 1), ("4p6b8x8", 8, 2), ("4p5b4x4", 4, 1)):
+        sizes = {"size": size, "n_players": 4, "n_stags": stags, "n_hares": 4}
+        pettingzoo.register("parallel", f"{name}-v0", entry_point="envs.stag_hunt:parallel_env", kwargs=sizes)
+        pettingzoo.register("aec", f"{name}-v0", entry_point="envs.stag_hunt:env", kwargs=sizes)

@@ -1,0 +1,131 @@
+"""Collect the tests of world_model_test.py into one table and one picture.
+
+    python benchmark/world_model_table.py
+    python benchmark/world_model_table.py --runs /scratch/runs
+
+Reads the run folders that `benchmark/world_model_test.sh` names, `world_model_test-<row>__<seed>`. Writes to
+benchmark/results/world_model_test/: `<row>__<seed>.json` (a run's `metrics.json`), `table.md` (means and standard
+deviations over seeds), `events.md` (rewards by event) and `steps.png` (violations and roll-outs of each row). What the
+folder already holds of other runs stays there.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {  # heading -> where in metrics.json, factor
+    "Obs MSE": ("values", "obs_mse", 1),
+    "PSNR (dB)": ("values", "psnr_of_mean", 1),
+    "Rew MSE": ("values", "reward_mse", 1),
+    "exact %": ("mode", "exact", 100),
+    "exact % where changed": ("mode", "exact_changed", 100),
+    "copy %": ("copy", "exact", 100),
+    "any rule broken %": ("mode", "violation any", 100),
+    "... drawn %": ("sample", "violation any", 100),
+    "rewards % at events": ("mode", "reward_event", 100),
+    "20 steps exact %": ("open_loop", "20", 100),
+    "Hits@1 %": ("ranking", "hits_at_1", 100),
+    "limit %": ("limit", None, 100),
+}
+Runs = dict[str, list[dict[str, Any]]]
+
+
+@dataclass
+class Args:
+    """What to collect."""
+
+    runs: Path = Path("runs")
+    """the folder with the run folders"""
+    results: Path = ROOT / "benchmark" / "results" / "world_model_test"
+    """the folder to write to"""
+
+
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarray:
+    """One number a run; nan where a run has none."""
+    found = [run.get(part) if name is None else (run.get(part) or {}).get(name, np.nan) for run in runs]
+    return np.array(found, float)
+
+
+def table(rows: Runs) -> str:
+    """Mean and standard deviation over seeds, in Markdown."""
+    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", "|" + " --- |" * (2 + len(COLUMNS))]
+    for row, runs in rows.items():
+        cells = []
+        for part, name, factor in COLUMNS.values():
+            numbers = factor * values(runs, part, name)
+            digits = 6 if factor == 1 and part == "values" and name != "psnr_of_mean" else 3 if factor == 100 else 2
+            spread = f" ± {numbers.std():.{digits}f}" if len(numbers) > 1 and part != "limit" else ""
+            cells.append("–" if np.isnan(numbers).all() else f"{np.nanmean(numbers):.{digits}f}{spread}")
+        lines.append(f"| {row} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def events(rows: Runs) -> str:
+    """Share of exact rewards by event, over all seeds' test frames together, in Markdown."""
+    names = sorted({name for runs in rows.values() for run in runs for name in run["mode"]["events"]})
+    lines = [f"| row | {' | '.join(names)} |", "|" + " --- |" * (1 + len(names))]
+    for row, runs in rows.items():
+        cells = []
+        for name in names:
+            found = [run["mode"]["events"][name] for run in runs if name in run["mode"]["events"]]
+            frames = sum(event["frames"] for event in found)
+            exact = sum(event["exact"] * event["frames"] for event in found)
+            cells.append(f"{100 * exact / frames:.2f} % of {frames:,}" if frames else "–")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Runs) -> Figure:
+    """Frames that break a rule, by row, and exact frames over the steps of a roll-out."""
+    figure = Figure(figsize=(12.0, 4.5), layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    for i, (row, runs) in enumerate(rows.items()):
+        share = 100 * values(runs, "mode", "violation any").mean()
+        bars.barh(i, share, color=f"C{i}")
+        bars.text(share, i, f" {share:.3g}", va="center", fontsize=8)
+        steps = sorted({int(step) for run in runs for step in run["open_loop"]})
+        if steps and np.mean([run["limit"] for run in runs]) == 1.0:
+            means = [100 * values(runs, "open_loop", str(step)).mean() for step in steps]
+            curves.plot(steps, means, marker=".", color=f"C{i}", label=row)
+    bars.set_yticks(range(len(rows)), rows, fontsize=8)
+    bars.invert_yaxis()
+    bars.set(xlabel="frames that break a rule of the game, %")
+    curves.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
+    curves.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(-3, 103))
+    curves.grid(alpha=0.3)
+    curves.legend(fontsize=7)
+    return figure
+
+
+def main(args: Args) -> None:
+    """Read, merge, draw, and print the tables."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    for path in sorted(args.runs.glob("world_model_test-*__*/metrics.json")):
+        name = path.parent.name.removeprefix("world_model_test-")
+        (args.results / f"{name}.json").write_text(path.read_text())
+    rows: Runs = {}
+    for path in sorted(args.results.glob("*__*.json")):
+        rows.setdefault(path.stem.rpartition("__")[0], []).append(json.loads(path.read_text()))
+    if not rows:
+        usage_error(f"no finished runs in {args.runs} and no results in {args.results}; see world_model_test.sh")
+    for name, text in (("table", table(rows)), ("events", events(rows))):
+        (args.results / f"{name}.md").write_text(text)
+        print(text)
+    draw(rows).savefig(args.results / "steps.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Prints the jobs of the table in docs/world_model_test.md, one a line: each row changes one thing of the row before.
+# All of them:      bash benchmark/world_model_test.sh | xargs -P 2 -d '\n' -n 1 sh -c
+# Elsewhere:        RUNS=/scratch/runs bash benchmark/world_model_test.sh
+# Running the list again finishes what is missing. Run names are world_model_test-<row>__<seed>.
+runs=${RUNS:-runs}
+
+job() { # row, seed, arguments
+    echo "python world_model_test.py --runs-dir $runs --run-name world_model_test-$1__$2 --resume --seed $2 ${*:3}"
+}
+
+for seed in 1 2 3; do
+    job 6-entity $seed
+    job 1-mse-planes $seed --model mse --action-input planes
+    job 2-mse-painted $seed --model mse
+    job 3-mse-painted-contrastive $seed --model mse --contrastive-coef 0.1
+    job 4-cell $seed --model cell
+    job 5-entity-no-mask $seed --no-mask
+    job 0-mse-planes-4x4 $seed --model mse --action-input planes --env 4p5b4x4
+    job 7-entity-moving-stag $seed --stag-moves
+    job 8-mse-painted-moving-stag $seed --model mse --stag-moves
+done

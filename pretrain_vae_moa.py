@@ -1,0 +1,1471 @@
+"""Pre-train a VAE on records of a multi-agent game, judged against what can be known at all.
+
+The encoder turns a player's view into a latent z; from z a policy head predicts what that player does next (the
+"modelling other agents" objective) and a decoder draws the view again. The scripted players of Markov Stag-Hunt tell
+their exact probabilities, so every score stands beside the exact Bayes ceiling on the same rows.
+
+The game and the setting: Huang et al., "Efficient Adaptation in Mixed-Motive Environments via Hierarchical Opponent
+Modeling and Planning", ICML 2024, https://arxiv.org/abs/2406.08002. The VAE over opponents: Yu et al., "Opponent
+Modeling based on Subgoal Inference", NeurIPS 2024.
+
+    python pretrain_vae_moa.py
+    python pretrain_vae_moa.py --objective moa --context history --rows 600000 --run-name mine --resume
+    python pretrain_vae_moa.py --env sisl/pursuit-v5 --rows 5000 --total-timesteps 2000 --eval-frequency 500
+
+Docs: docs/pretrain_vae_moa.md
+"""
+
+import contextlib
+import csv
+import difflib
+import importlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+stag_hunt: Any = None
+with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone still runs on any other environment
+    from envs import stag_hunt
+
+
+@dataclass
+class Args:
+    """Arguments of one run."""
+
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, PyTorch uses deterministic algorithms only"""
+    cuda: bool = True
+    """if toggled, a GPU is used where there is one"""
+    track: bool = False
+    """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
+    wandb_project_name: str = "LatentRL"
+    """the wandb project's name"""
+    wandb_entity: str | None = None
+    """the entity (team) of the wandb project"""
+    capture_video: bool = False
+    """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
+    runs_dir: str = "runs"
+    """the folder that run folders are created in"""
+    run_name: str | None = None
+    """the run folder's name (default: environment, experiment, seed and time)"""
+    resume: bool = False
+    """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
+    checkpoint_frequency: int = 10_000
+    """steps between two checkpoints"""
+    eval_frequency: int = 2_500
+    """steps between two evaluations"""
+    eval_episodes: int = 100
+    """episodes of each evaluation, always on the same seeds"""
+
+    # Algorithm specific arguments
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "4p5b8x8"
+    """the game: 4p5b8x8, 4p6b8x8 or 4p5b4x4 (stag hunts), another PettingZoo parallel id, or `module:callable`"""
+    total_timesteps: int = 25_000
+    """gradient steps; --eval-frequency of them make an epoch, so these are 10 epochs"""
+    dataset: str | None = None
+    """a dataset file to read (default: play --rows rows, and keep them in --data-dir)"""
+    data_dir: str = "data"
+    """the folder that collected datasets are kept in"""
+    data_seed: int = 1
+    """seed of the collected games and of their split; runs with other --seed share one dataset"""
+    rows: int = 107_010
+    """rows to collect: what one player sees and does at one step"""
+    max_cycles: int = 18
+    """time limit of the collected games, in steps"""
+    load: str | None = None
+    """a model.pt to start from; with --total-timesteps 0 it is evaluated only"""
+    objective: str = "both"
+    """what is learnt beside alpha KL: reconstruction, moa (the player's action), or both"""
+    head_input: str = "z"
+    """what the policy head sees beside time and legal actions: z, state, or state+z"""
+    context: str = "1"
+    """what the encoder sees: 1 frame, the last 4, or the whole history"""
+    latent_dim: int = 16
+    """size of the latent z"""
+    learning_rate: float = 5e-4
+    """learning rate at the start"""
+    anneal_lr: bool = True
+    """if toggled, the learning rate falls to 0 over the run along half a cosine"""
+    adam_epsilon: float = 1e-5
+    """epsilon of Adam"""
+    max_grad_norm: float = 10.0
+    """the gradient is scaled down to this norm"""
+    batch_size: int = 128
+    """rows in a batch; with --context history about so many, in whole sequences"""
+    kl_weight: float = 1e-4
+    """weight alpha of the KL divergence (sum over dimensions) after its warm-up"""
+    kl_warmup: int = 20_000
+    """gradient steps of the warm-up: alpha = kl_weight (1 - exp(-step / kl_warmup))"""
+    reconstruction_weight: float = 0.05
+    """weight of the reconstruction's cross-entropy (sum over planes and cells, in nats)"""
+    augment: bool = False
+    """if toggled, each batch is turned or mirrored, and the others' order changed (for games that allow it)"""
+    reference_steps: int = 3_000
+    """gradient steps of the single-frame strategy classifier in the table of ceilings (0: leave it out)"""
+    probe_rows: int = 20_000
+    """training rows that the linear probes are fitted to"""
+
+
+CHOICES = {
+    "objective": ("reconstruction", "moa", "both"),
+    "head_input": ("z", "state", "state+z"),
+    "context": ("1", "4", "history"),
+}
+HIDDEN = 128  # width of the hidden layers that are not convolutions
+FIELDS = (
+    "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
+)  # fmt: skip
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+def make_env(env_id: str) -> Any:
+    """Make a PettingZoo parallel environment. Raises ValueError with one line, if it cannot be had or does not fit."""
+    module, colon, name = env_id.partition(":")
+    try:
+        if colon:
+            env = getattr(importlib.import_module(module), name)()
+        else:
+            import pettingzoo
+
+            env = pettingzoo.make("parallel", env_id)
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        hint = "ids look like sisl/pursuit-v5 or module:callable"
+        with contextlib.suppress(ImportError):
+            from pettingzoo import parallel_registry
+
+            near = difflib.get_close_matches(env_id, [key.removesuffix("-v0") for key in parallel_registry], 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near and not colon else hint
+        reason = str(error).split(" Available environments")[0].rstrip(".")
+        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {reason}; {hint}") from None
+    if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):
+        raise ValueError(f"a PettingZoo parallel environment expected, {env_id} is a {type(env).__name__}")
+    shapes = set()
+    for agent in env.possible_agents:
+        action, observation = env.action_space(agent), env.observation_space(agent)
+        if not isinstance(action, gym.spaces.Discrete):
+            raise ValueError(f"discrete actions expected, {agent} of {env_id} has {action}")
+        observation = observation["observation"] if isinstance(observation, gym.spaces.Dict) else observation
+        if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 3:
+            raise ValueError(f"image-like observations (a Box with 3 axes) expected, {agent} has {observation}")
+        shapes.add((observation.shape, int(action.n)))
+    if len(shapes) > 1:
+        raise ValueError(f"agents of one kind expected, those of {env_id} differ: {sorted(shapes)}")
+    return env
+
+
+def to_channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The order of axes that makes (channels, height, width) of an image: the axis that is unlike the other two."""
+    first = shape[1] == shape[2] != shape[0] or (len(set(shape)) == 3 and shape[0] == min(shape))
+    return (0, 1, 2) if first else (2, 0, 1)
+
+
+def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows (the format's fields) of a third party's environment, played by uniformly random legal actions."""
+    agents, generator = env.possible_agents, np.random.default_rng([seed, 2])
+    n, actions = len(agents), int(env.action_space(agents[0]).n)
+    table, episode = [], 0
+    while len(table) < rows:
+        observations, infos = env.reset(seed=episode_seed(seed, episode))
+        previous = np.full(n, -1, np.int8)
+        for t in range(max_cycles):
+            chosen, masks = {}, {}
+            for agent in env.agents:
+                seen = observations[agent]
+                given = seen.get("action_mask") if isinstance(seen, dict) else infos[agent].get("action_mask")
+                masks[agent] = np.ones(actions, bool) if given is None else np.asarray(given, bool)
+                chosen[agent] = int(generator.choice(np.flatnonzero(masks[agent])))
+            if not chosen:
+                break
+            start = int(env.action_space(agents[0]).start)
+            before = observations
+            observations, rewards, terminated, truncated, infos = env.step({a: k + start for a, k in chosen.items()})
+            joint = np.array([chosen.get(agent, -1) for agent in agents], np.int8)
+            paid = np.array([rewards.get(agent, 0.0) for agent in agents], np.float32)
+            for i, agent in enumerate(agents):
+                if agent in chosen and len(table) < rows:
+                    views = [seen[agent] for seen in (before, observations)]
+                    table.append((
+                        *(np.array(view["observation"] if isinstance(view, dict) else view) for view in views),
+                        chosen[agent], masks[agent], t, episode, i, np.roll(previous, -i), np.roll(joint, -i), paid[i],
+                        np.roll(paid, -i), terminated[agent], truncated[agent] or t == max_cycles - 1,
+                    ))  # fmt: skip
+            previous = joint
+        episode += 1
+    table.sort(key=lambda row: (row[5], row[6], row[4]))
+    names = (
+        "obs", "next_obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "joint_action", "reward",
+        "rewards", "terminated", "truncated",
+    )  # fmt: skip
+    arrays = {name: np.array(column) for name, column in zip(names, zip(*table, strict=True), strict=True)}
+    arrays["strategy"], arrays["roster"] = np.full(rows, -1), np.full((episode, n), -1)
+    arrays["episode_seed"] = np.array([episode_seed(seed, i) for i in range(episode)])
+    held_out, order = max(1, round(episode / 10)), np.random.default_rng([seed, 1]).permutation(episode)
+    arrays["split"] = np.zeros(episode)
+    arrays["split"][order[:held_out]], arrays["split"][order[held_out : 2 * held_out]] = 2, 1
+    return arrays
+
+
+def as_bytes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Bring observations to (N, C, H, W) uint8 in place; returns what meta says of it. Others' ranges become 0..255."""
+    axes = (0, *(axis + 1 for axis in to_channels_first(arrays["obs"].shape[1:])))
+    low, high = (float(f([arrays["obs"].min(), arrays["next_obs"].max()])) for f in (min, max))
+    keep = arrays["obs"].dtype == np.uint8
+    for name in ("obs", "next_obs"):
+        values = arrays[name].transpose(axes)
+        arrays[name] = values if keep else np.uint8(np.rint((values - low) / max(high - low, 1e-9) * 255).clip(0, 255))
+    return {"observation_scale": 1 if keep and high <= 1 else 255, "observation_range": [low, high]}
+
+
+def open_dataset(args: Args) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
+
+    Raises ValueError with one line.
+    """
+    if args.dataset:
+        if stag_hunt is None:
+            raise ValueError("--dataset needs the folder envs beside this script")
+        return stag_hunt.load_dataset(Path(args.dataset), FIELDS)
+    env = make_env(args.env_id)
+    name = args.env_id.replace("/", "-").replace(":", "-")
+    path = Path(args.data_dir) / f"{name}__{args.max_cycles}__{args.rows}__{args.data_seed}.npz"
+    if stag_hunt is not None and path.exists():
+        return stag_hunt.load_dataset(path, FIELDS)
+    started = time.monotonic()
+    if stag_hunt is not None and isinstance(env, stag_hunt.StagHunt):
+        arrays, meta = stag_hunt.collect(args.rows, env.config, args.max_cycles, seed=args.data_seed)
+    else:
+        arrays = play_randomly(env, args.rows, args.max_cycles, args.data_seed)
+        meta = {"env_kwargs": {"max_cycles": args.max_cycles}, "strategies": [], "seed": args.data_seed}
+        meta |= {**as_bytes(arrays), "action_names": list(getattr(env, "action_names", [])), "channel_names": []}
+    env.close()
+    meta |= {"env_id": args.env_id, "command": sys.argv}
+    if stag_hunt is not None:
+        arrays = {
+            key: arrays[key].astype(kind, copy=False) for key, (kind, _) in stag_hunt.FIELDS.items() if key in arrays
+        }
+        stag_hunt.check_dataset(stag_hunt.Dataset(arrays, meta))
+        stag_hunt.save_dataset(path, stag_hunt.Dataset(arrays, meta))
+        seconds = time.monotonic() - started
+        print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected in {seconds:.1f} s, kept in {path}")
+    return arrays, meta
+
+
+class Sizes(NamedTuple):
+    """What a model's shape depends on: planes, board, actions, players, and the scales of pixels and time."""
+
+    channels: int
+    height: int
+    width: int
+    actions: int
+    players: int
+    pixel_scale: float
+    time_scale: float
+
+
+class Batch(NamedTuple):
+    """R rows of any episodes, or (with history) all rows of some sequences one after another.
+
+    `frames` (R, C x context, H, W) in [0, 1], `time` (R,) in [0, 1], `mask` (R, A) legal actions, `action` (R,),
+    `previous` (R, n, A + 1) one-hot last joint action, ego first, the last place for none (history only), `slot` (R,)
+    a row's place in a table of `sequences` x `length` (history only).
+    """
+
+    frames: Tensor
+    time: Tensor
+    mask: Tensor
+    action: Tensor
+    previous: Tensor | None = None
+    slot: Tensor | None = None
+    sequences: int = 0
+    length: int = 0
+
+
+class Records:
+    """All rows on the device, in order, so that a batch is a gather; and where episodes and sequences lie.
+
+    A sequence is the rows of one player in one episode.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], context: str, device: torch.device) -> None:
+        """Copy what the training reads to the device. Raises ValueError if the observations are too small."""
+        self.arrays, self.meta, self.context = arrays, meta, context
+        _, channels, height, width = arrays["obs"].shape
+        self.sizes = Sizes(
+            channels, height, width, arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1],
+            float(meta.get("observation_scale", 1)),
+            float(meta.get("env_kwargs", {}).get("max_cycles") or int(arrays["t"].max()) + 1),
+        )  # fmt: skip
+        self.strategies = list(meta.get("strategies", []))
+        names = list(meta.get("action_names") or [])
+        self.action_names = names if len(names) == self.sizes.actions else [str(a) for a in range(self.sizes.actions)]
+
+        def to_device(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+        self.obs, self.mask = to_device(arrays["obs"]), to_device(arrays["action_mask"].astype(bool))
+        self.action = to_device(arrays["action"].astype(np.int64))
+        self.time = to_device(arrays["t"].astype(np.float32) / self.sizes.time_scale)
+        self.strategy = to_device(arrays["strategy"].astype(np.int64))
+        previous = arrays["prev_actions"].astype(np.int64)
+        self.previous = to_device(np.where(previous < 0, self.sizes.actions, previous))
+        key = arrays["episode"].astype(np.int64) * 1_000 + arrays["agent"]
+        new = np.flatnonzero(np.diff(key, prepend=-1))
+        self.starts, self.lengths = new, np.diff(new, append=len(key))
+        self.position = to_device(np.arange(len(key)) - np.repeat(new, self.lengths))
+        self.split = arrays["split"][arrays["episode"]]
+
+    def rows(self, split: int, episodes: int | None = None) -> np.ndarray:
+        """Row numbers of a split (0 train, 1 validation, 2 test), or of its first episodes."""
+        chosen = self.split == split
+        if episodes is not None:
+            chosen &= np.isin(self.arrays["episode"], np.unique(self.arrays["episode"][chosen])[:episodes])
+        return np.flatnonzero(chosen)
+
+    def units(self, rows: np.ndarray) -> np.ndarray:
+        """What batches are drawn from: the rows themselves, or with history the numbers of their sequences."""
+        if self.context != "history":
+            return rows
+        return np.flatnonzero(np.isin(self.starts, rows))
+
+    def rows_of(self, units: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        """The rows (R,) of some units; with history also each row's slot (R,), and the table's length."""
+        if self.context != "history":
+            return units, None, 0
+        starts, lengths = (torch.from_numpy(values)[units] for values in (self.starts, self.lengths))
+        sequence, longest = torch.repeat_interleave(torch.arange(len(units)), lengths), int(lengths.max())
+        place = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
+        rows, slot = starts[sequence] + place, sequence * longest + place
+        return rows.to(self.obs.device), slot.to(self.obs.device), longest
+
+    def batch(self, units: Tensor) -> Batch:
+        """Gather a batch of these rows or sequences (on the CPU)."""
+        rows, slot, length = self.rows_of(units)
+        rows = rows.to(self.obs.device)
+        if self.context == "4":
+            back = torch.arange(4, device=rows.device)
+            known = (back <= self.position[rows, None])[:, :, None, None, None]  # no frames before the first
+            frames = (self.obs[(rows[:, None] - back).clamp_min(0)] * known).flatten(1, 2)
+        else:
+            frames = self.obs[rows]
+        frames = frames.float().div_(self.sizes.pixel_scale)
+        batch = Batch(frames, self.time[rows], self.mask[rows], self.action[rows])
+        if slot is None:
+            return batch
+        previous = F.one_hot(self.previous[rows], self.sizes.actions + 1).float()
+        return batch._replace(previous=previous, slot=slot, sequences=len(units), length=length)
+
+
+class Sampler:
+    """Batches in a new order at each pass; each a pure function of the seed and the step, so there is nothing to save."""
+
+    def __init__(self, records: Records, rows: np.ndarray, batch_size: int, seed: int) -> None:
+        """Draw from these rows; with history, so many sequences a batch as have `batch_size` rows on average."""
+        self.records, self.seed = records, seed
+        self.units = torch.from_numpy(records.units(rows))
+        self.size = min(max(1, round(batch_size * len(self.units) / len(rows))), len(self.units))
+        self.batches = len(self.units) // self.size
+        self.passes, self.order = -1, self.units
+
+    def draw(self, step: int) -> Tensor:
+        """The units of a step's batch, counted from 0. What is left over at the end of a pass is left out."""
+        passes, number = divmod(step, self.batches)
+        if passes != self.passes:
+            generator = torch.Generator().manual_seed(episode_seed(self.seed, passes, stream=2))
+            self.passes, self.order = passes, self.units[torch.randperm(len(self.units), generator=generator)]
+        return self.order[number * self.size : (number + 1) * self.size]
+
+
+def augment(batch: Batch, sizes: Sizes, turn: int, order: Tensor) -> Batch:
+    """The same rows on a board that is mirrored or turned (`turn` 0..7), with the others in another `order` (n - 1,).
+
+    For games like the stag hunt: planes of the players come first, actions 0..3 are up, down, left, right.
+    """
+    frames = batch.frames.unflatten(1, (-1, sizes.channels))
+    planes = torch.cat((torch.zeros(1, dtype=torch.long), order + 1, torch.arange(sizes.players, sizes.channels)))
+    frames = frames[:, :, planes.to(frames.device)].flatten(1, 2)
+    becomes = list(range(sizes.actions))
+    if turn & 4:
+        frames, becomes[:4] = frames.transpose(2, 3), [2, 3, 0, 1]
+    for bit, axis, pair in ((1, 2, (0, 1)), (2, 3, (2, 3))):
+        if turn & bit:
+            frames = frames.flip(axis)
+            becomes[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in becomes[:4]]
+    old = torch.tensor(becomes).argsort().to(frames.device)  # which action has become this one
+    previous = batch.previous
+    if previous is not None:
+        seats = torch.cat((torch.zeros(1, dtype=torch.long), order + 1)).to(frames.device)
+        previous = previous[:, seats][:, :, torch.cat((old, torch.tensor([sizes.actions], device=old.device)))]
+    action = torch.tensor(becomes, device=frames.device)[batch.action]
+    return batch._replace(frames=frames.contiguous(), mask=batch.mask[:, old], action=action, previous=previous)
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+def convolutions(channels: int) -> nn.Sequential:
+    """16-32-32 filters of 3x3, the second layer with stride 2: (B, C, H, W) -> (B, 32, H / 2, W / 2), rounded up."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, 1, 1), nn.ReLU(True), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(True),
+        nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(True),
+    )  # fmt: skip
+
+
+def half(sizes: Sizes) -> tuple[int, int]:
+    """Height and width after `convolutions`."""
+    return (sizes.height + 1) // 2, (sizes.width + 1) // 2
+
+
+class Trunk(nn.Module):
+    """A player's view as HIDDEN features: convolutions and a layer; with history a GRU over the episode so far."""
+
+    def __init__(self, sizes: Sizes, context: str) -> None:
+        """`context` is "1", "4" or "history"."""
+        super().__init__()
+        self.convolutions = convolutions(sizes.channels * (4 if context == "4" else 1))
+        inputs = 32 * math.prod(half(sizes))
+        if context == "history":
+            inputs += sizes.players * (sizes.actions + 1) + 1
+        self.layer = nn.Linear(inputs, HIDDEN)
+        self.memory = nn.GRU(HIDDEN, HIDDEN, batch_first=True) if context == "history" else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Features (R, HIDDEN)."""
+        features = self.convolutions(batch.frames).flatten(1)
+        if self.memory is None:
+            return F.relu(self.layer(features))
+        features = F.relu(self.layer(torch.cat((features, batch.previous.flatten(1), batch.time[:, None]), 1)))
+        table = features.new_zeros(batch.sequences * batch.length, HIDDEN).index_copy(0, batch.slot, features)
+        # What follows a sequence's end in the table comes after it, so it cannot reach it.
+        memory = self.memory(table.view(batch.sequences, batch.length, HIDDEN))[0]
+        return features + memory.flatten(0, 1)[batch.slot]
+
+
+class Encoder(nn.Module):
+    """q(z | view): mean and log variance."""
+
+    def __init__(self, sizes: Sizes, context: str, latent_dim: int) -> None:
+        """A trunk and one layer."""
+        super().__init__()
+        self.trunk = Trunk(sizes, context)
+        self.heads = nn.Linear(HIDDEN, 2 * latent_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (R, latent)."""
+        mean, log_variance = self.heads(self.trunk(batch)).chunk(2, 1)
+        return mean, log_variance.clamp(-10.0, 10.0)
+
+
+class Decoder(nn.Module):
+    """p(frame | z), the encoder mirrored; always the current frame alone."""
+
+    def __init__(self, sizes: Sizes, latent_dim: int) -> None:
+        """Two layers, then transposed 32-32-16 convolutions."""
+        super().__init__()
+        self.board, self.small = (sizes.height, sizes.width), half(sizes)
+        self.layers = nn.Sequential(
+            nn.Linear(latent_dim, HIDDEN), nn.ReLU(True), nn.Linear(HIDDEN, 32 * math.prod(self.small)), nn.ReLU(True)
+        )
+        self.first = nn.Conv2d(32, 32, 3, 1, 1)
+        self.wider = nn.ConvTranspose2d(32, 16, 3, 2, 1)
+        self.last = nn.Conv2d(16, sizes.channels, 3, 1, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Logits (R, C, H, W) of the planes, from (R, latent)."""
+        hidden = F.relu(self.first(self.layers(z).unflatten(1, (32, *self.small))))
+        return self.last(F.relu(self.wider(hidden, output_size=self.board)))
+
+
+class PolicyHead(nn.Module):
+    """p(action | z, time, legal actions): what the player does next."""
+
+    def __init__(self, sizes: Sizes, head_input: str, context: str, latent_dim: int) -> None:
+        """`head_input` is "z", "state" (the view through a trunk of its own) or "state+z"."""
+        super().__init__()
+        self.uses_z = "z" in head_input
+        self.trunk = Trunk(sizes, context) if "state" in head_input else None
+        inputs = self.uses_z * latent_dim + (self.trunk is not None) * HIDDEN + 1 + sizes.actions
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, HIDDEN), nn.ReLU(True), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(True),
+            nn.Linear(HIDDEN, sizes.actions),
+        )  # fmt: skip
+
+    def forward(self, z: Tensor, batch: Batch) -> Tensor:
+        """Masked logits (R, A): -inf where an action is illegal. They go into the cross-entropy as they are.
+
+        A softmax here, and the one inside of the cross-entropy on top, would keep the loss above
+        ln(e + A - 1) - 1: 1.165 for 7 actions, however certain and right the prediction.
+        """
+        inputs = [z] * self.uses_z + ([] if self.trunk is None else [self.trunk(batch)])
+        logits = self.layers(torch.cat((*inputs, batch.time[:, None], batch.mask.float()), 1))
+        return logits.masked_fill(~batch.mask, -math.inf)
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+class MOA:
+    """The networks, one Adam over all that the objective uses, and the update."""
+
+    def __init__(self, args: Args, sizes: Sizes, device: torch.device) -> None:
+        """Build everything; `args` has been checked (see `check`)."""
+        self.args, self.sizes, self.device = args, sizes, device
+        self.encoder = Encoder(sizes, args.context, args.latent_dim).to(device)
+        self.decoder = Decoder(sizes, args.latent_dim).to(device)
+        self.head = PolicyHead(sizes, args.head_input, args.context, args.latent_dim).to(device)
+        self.used = {"encoder": self.encoder}
+        if args.objective != "moa":
+            self.used["decoder"] = self.decoder
+        if args.objective != "reconstruction":
+            self.used["head"] = self.head
+        self.parameters = [parameter for module in self.used.values() for parameter in module.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
+
+    def policy_loss(self, logits: Tensor, action: Tensor) -> Tensor:
+        """The cross-entropy (scalar) of masked logits (R, A) and what was done (R,)."""
+        return F.cross_entropy(logits, action)
+
+    def losses(self, batch: Batch, alpha: float, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """`total` of the objective, and its parts unweighted; `noise` (R, latent) is standard normal."""
+        mean, log_variance = self.encoder(batch)
+        noise = torch.randn_like(mean) if noise is None else noise
+        z = mean + (0.5 * log_variance).exp() * noise
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
+        losses, total = {"kl": kl}, alpha * kl
+        if "decoder" in self.used:
+            frame = batch.frames[:, : self.sizes.channels]
+            logits = self.decoder(z)
+            losses["reconstruction"] = F.binary_cross_entropy_with_logits(logits, frame, reduction="sum") / len(z)
+            losses["reconstruction_mse"] = (logits.detach().sigmoid() - frame).square().mean()
+            total = total + self.args.reconstruction_weight * losses["reconstruction"]
+        if "head" in self.used:
+            losses["policy"] = self.policy_loss(self.head(z, batch), batch.action)
+            total = total + losses["policy"]
+        return {"total": total, **losses}
+
+    def alpha(self, step: int) -> float:
+        """The KL weight of a step: 0 at the start."""
+        return self.args.kl_weight * (1.0 - math.exp(-step / max(self.args.kl_warmup, 1e-9)))
+
+    def update(self, batch: Batch, step: int = 0, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """One step of Adam on the objective at gradient step `step`, counted from 0."""
+        args = self.args
+        losses = self.losses(batch, self.alpha(step), noise)
+        share = 0.5 * (1.0 + math.cos(math.pi * step / max(args.total_timesteps, 1))) if args.anneal_lr else 1.0
+        for group in self.optimizer.param_groups:  # a new rate never costs the optimizer its moments
+            group["lr"] = share * args.learning_rate
+        self.optimizer.zero_grad()
+        losses["total"].backward()
+        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.inference_mode()
+    def encode(self, observation: Tensor) -> Tensor:
+        """The latent mean (B, latent) of single frames (B, C, H, W), scaled as the records are, for use elsewhere.
+
+        Raises ValueError for a model that needs more than one frame.
+        """
+        if self.args.context != "1":
+            raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
+        frames = observation.float().div(self.sizes.pixel_scale)
+        nothing = frames.new_zeros(len(frames))
+        return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
+        names = "encoder", "decoder", "head", "optimizer"
+        return {name: getattr(self, name).state_dict() for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s, or a model file's, which has no optimizer."""
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
+    """The model of a `model.pt`. Raises ValueError with one line, if the file is not one."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no model {path}; a run writes model.pt at its end, best_model.pt before")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        args, sizes = (json.loads(content.pop(name)) for name in ("arguments", "sizes"))
+        model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
+        model.load_state_dict(content)
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is not a model of {Path(__file__).name} ({type(error).__name__})") from None
+    return model
+
+
+def save_model(model: MOA, path: Path) -> None:
+    """Write the weights alone, and the arguments and sizes that `load_model` builds the networks from."""
+    state = {name: part for name, part in model.state_dict().items() if name != "optimizer"}
+    about = {"arguments": json.dumps(asdict(model.args)), "sizes": json.dumps(model.sizes)}
+    write_atomically(path, lambda file: torch.save({**state, **about}, file))
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> dict[str, np.ndarray]:
+    """For each row: `q` (R, A) probabilities of the head, latent `mean` (R, latent), `kl`, and the decoder's `frame_nll`
+    and `frame_mse`. Without noise; what the objective does not train is left out.
+    """
+    units = torch.from_numpy(records.units(rows))
+    size = size if records.context != "history" else max(1, size * len(units) // len(rows))
+    parts: dict[str, list[Tensor]] = {}
+    for part in units.split(size):
+        batch = records.batch(part)
+        mean, log_variance = model.encoder(batch)
+        values = {"mean": mean, "kl": 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)}
+        if "head" in model.used:
+            values["q"] = model.head(mean, batch).softmax(1)
+        if "decoder" in model.used:
+            frame, logits = batch.frames[:, : model.sizes.channels], model.decoder(mean)
+            nll = F.binary_cross_entropy_with_logits(logits, frame, reduction="none")
+            values |= {
+                "frame_nll": nll.sum((1, 2, 3)),
+                "frame_mse": (logits.sigmoid() - frame).square().mean((1, 2, 3)),
+            }
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def fit_probe(inputs: Tensor, target: Tensor, classes: int, mask: Tensor | None = None) -> Callable[..., Tensor]:
+    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), mask -> log-probabilities.
+
+    `mask` (R, classes) are the legal classes. The features are standardised first.
+    """
+    inputs = inputs.float()
+    center, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
+    weight = torch.zeros(inputs.shape[1] + 1, classes, device=inputs.device, requires_grad=True)
+
+    def log_probabilities(x: Tensor, legal: Tensor | None = None) -> Tensor:
+        logits = (x.float() - center) / scale @ weight[:-1] + weight[-1]
+        return (logits if legal is None else logits.masked_fill(~legal, -math.inf)).log_softmax(1)
+
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.nll_loss(log_probabilities(inputs, mask), target) + 1e-5 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight.requires_grad_(False)
+    return log_probabilities
+
+
+def probe_action(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Action probabilities (R, A) of a linear probe with legal actions on the frozen latent `mean` (R, latent)."""
+    fitted = torch.from_numpy(predict(model, records, fit_rows)["mean"])
+    action, mask = records.action.cpu(), records.mask.cpu()
+    probe = fit_probe(fitted, action[fit_rows], records.sizes.actions, mask[fit_rows])
+    return probe(torch.from_numpy(mean), mask[rows]).exp().numpy()
+
+
+def probe_rows(records: Records, count: int) -> np.ndarray:
+    """The first rows of the training split that probes are fitted to: whole episodes, at least one."""
+    rows = records.rows(0)
+    episodes = records.arrays["episode"][rows]
+    return rows[episodes <= episodes[min(count, len(rows)) - 1]]
+
+
+def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray) -> dict[str, float]:
+    """Accuracy of linear probes from the frozen latent mean: action, strategy, and where things are on the board."""
+    size, cells = records.sizes, records.sizes.height * records.sizes.width
+    seen, fitted = predict(model, records, rows), predict(model, records, fit_rows)
+    features = [torch.from_numpy(values["mean"]) for values in (fitted, seen)]
+    action, mask, strategy = records.action.cpu(), records.mask.cpu(), records.strategy.cpu()
+    targets: dict[str, tuple[Tensor, int, bool]] = {"action": (action, size.actions, True)}
+    if len(records.strategies) > 1:
+        targets["strategy"] = (strategy, len(records.strategies), False)
+    for name in ("self", "stag"):
+        if name in records.meta.get("channel_names", []):
+            plane = records.obs[:, records.meta["channel_names"].index(name)].flatten(1).cpu()
+            place = torch.where(plane.any(1), plane.argmax(1), cells)
+            targets[f"{name}'s cell"] = (place, cells + 1, False)
+    result = {"latent KL": float(seen["kl"].mean())}
+    for name, (target, classes, masked) in targets.items():
+        probe = fit_probe(features[0], target[fit_rows], classes, mask[fit_rows] if masked else None)
+        guess = probe(features[1], mask[rows] if masked else None).argmax(1)
+        result[name] = float((guess == target[rows]).float().mean())
+    return result
+
+
+def reference_strategy(records: Records, rows: np.ndarray, args: Args, device: torch.device) -> np.ndarray:
+    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+
+    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
+    """
+    records = Records(records.arrays, records.meta, "1", device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
+
+    def log_probabilities(batch: Batch) -> Tensor:
+        return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
+
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    sampler = Sampler(records, records.rows(0), 256, seed=0)
+    for step in range(args.reference_steps):
+        units = sampler.draw(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
+        loss = F.nll_loss(log_probabilities(records.batch(units)), records.strategy[units])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        parts = [log_probabilities(records.batch(part)).exp().cpu() for part in torch.from_numpy(rows).split(2_048)]
+    return torch.cat(parts).numpy()
+
+
+def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = math.nan) -> dict[str, float]:
+    """Scores of predictions (R, A) on these rows.
+
+    `top1`, `top3`, `balanced_accuracy`, `macro_f1`, `nll`, `ece` (15 bins) are about what was done. Where the policies
+    are known, `expected_top1` is the mean probability of the predicted action, the top-1 accuracy without the luck of
+    the draw, and `regret` the expected NLL above `best_nll`; else both are nan.
+    """
+    action, every = records.arrays["action"][rows].astype(int), np.arange(len(rows))
+    guess, order = q.argmax(1), np.argsort(-q, 1)
+    hit, sure = guess == action, q.max(1)
+    counts = confusion(q, records, rows)
+    present = counts.sum(1) > 0
+    recall = np.diag(counts)[present] / counts.sum(1)[present]
+    f1 = 2 * np.diag(counts)[present] / (counts.sum(0) + counts.sum(1))[present]
+    share, gap = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows), 0.0
+    gap = float(np.abs(share).sum())
+    result = {
+        "rows": float(len(rows)), "top1": float(hit.mean()), "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
+        "expected_top1": math.nan, "balanced_accuracy": float(recall.mean()), "macro_f1": float(f1.mean()),
+        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": gap,
+    }  # fmt: skip
+    true = true_probabilities(records, rows)
+    if true is not None:
+        result["expected_top1"] = float(true[every, guess].mean())
+        result["regret"] = expected_nll(q, true) - best_nll
+    return result
+
+
+def surprise(probabilities: np.ndarray) -> np.ndarray:
+    """-log p, infinite for 0."""
+    with np.errstate(divide="ignore"):
+        return -np.log(probabilities.astype(np.float64))
+
+
+def expected_nll(q: np.ndarray, true: np.ndarray) -> float:
+    """The mean negative log-likelihood of q (R, A), with actions weighted by their true probabilities (R, A)."""
+    return float(np.where(true > 0, true * surprise(q), 0.0).sum(1).mean())
+
+
+def confusion(q: np.ndarray, records: Records, rows: np.ndarray) -> np.ndarray:
+    """Counts (A, A): what was done, by what was predicted."""
+    size = records.sizes.actions
+    pairs = records.arrays["action"][rows].astype(int) * size + q.argmax(1)
+    return np.bincount(pairs, minlength=size * size).reshape(size, size)
+
+
+def true_probabilities(records: Records, rows: np.ndarray) -> np.ndarray | None:
+    """The probabilities (R, A) with which the player acted, if they are known."""
+    if "policy_probs" not in records.arrays:
+        return None
+    return records.arrays["policy_probs"][rows, records.arrays["strategy"][rows]].astype(np.float64)
+
+
+def ceilings(records: Records) -> dict[str, np.ndarray]:
+    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`, and `oracle`, who is told the strategy.
+
+    Nobody who sees the whole game can do better than the first, nobody at all better than the second. Empty where the
+    policies are unknown.
+    """
+    if "policy_probs" not in records.arrays or stag_hunt is None:
+        return {}
+    posterior = stag_hunt.history_posterior(stag_hunt.Dataset(records.arrays, records.meta))
+    mixed = np.einsum("rk,rka->ra", posterior, records.arrays["policy_probs"].astype(np.float64))
+    return {"history Bayes": mixed, "oracle": true_probabilities(records, np.arange(len(mixed)))}
+
+
+def baselines(records: Records, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictions (R, A) without looking: the training rows' class shares, as they are and among the legal actions."""
+    shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions).astype(float)
+    shares = (shares + 1.0) / (shares + 1.0).sum()
+    legal = np.where(records.arrays["action_mask"][rows], shares, 0.0)
+    return {"majority": np.tile(shares, (len(rows), 1)), "prior + mask": legal / legal.sum(1, keepdims=True)}
+
+
+def difference(first: np.ndarray, second: np.ndarray, records: Records, rows: np.ndarray) -> tuple[float, float]:
+    """Expected accuracy (else accuracy) of predictions (R, A) minus that of others, and its standard error.
+
+    The error is clustered by episode: rows of one game are not independent.
+    """
+    true, every = true_probabilities(records, rows), np.arange(len(rows))
+    if true is None:
+        true = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
+    gain = true[every, first.argmax(1)] - true[every, second.argmax(1)]
+    _, episode = np.unique(records.arrays["episode"][rows], return_inverse=True)
+    sums = np.bincount(episode, weights=gain - gain.mean())
+    return float(gain.mean()), float(np.sqrt(np.square(sums).sum()) / len(rows))
+
+
+class Evaluation(NamedTuple):
+    """Predictions `q` (R, A) for `rows` (R,), and everything else that `predict` returns for them."""
+
+    rows: np.ndarray
+    q: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+def evaluate(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray) -> Evaluation:
+    """Predict rows with the policy head, or, where the objective trains none, with a linear probe of the latent."""
+    values = predict(model, records, rows)
+    q = values.pop("q", None)
+    q = probe_action(model, records, rows, fit_rows, values["mean"]) if q is None else q
+    return Evaluation(rows, q.astype(np.float64), values)
+
+
+def subsets(records: Records, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Positions in `rows` by name: all of them, then those of each strategy."""
+    yield "all", np.arange(len(rows))
+    for k, name in enumerate(records.strategies):
+        yield name, np.flatnonzero(records.arrays["strategy"][rows] == k)
+
+
+def score_subsets(q: np.ndarray, records: Records, rows: np.ndarray, best: np.ndarray | None) -> list[dict[str, Any]]:
+    """`score` of all rows and of each strategy's, one dict each, with regret against the predictions `best` (R, A)."""
+    table = []
+    for name, part in subsets(records, rows):
+        true = true_probabilities(records, rows[part])
+        best_nll = math.nan if best is None or true is None else expected_nll(best[part], true)
+        if len(part):
+            table.append({"subset": name, **score(q[part], records, rows[part], best_nll)})
+    return table
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write dicts with the same keys as a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records, best: np.ndarray | None) -> None:
+    """`moa_eval_epoch{k}.csv`: scores and recall by strategy; `.npz`: predictions and latents, row by row."""
+    table = score_subsets(result.q, records, result.rows, best)
+    for row, (_, part) in zip(table, subsets(records, result.rows), strict=False):
+        counts = confusion(result.q[part], records, result.rows[part])
+        recall = np.diag(counts) / np.where(counts.sum(1) > 0, counts.sum(1), np.nan)
+        row |= {f"recall {name}": value for name, value in zip(records.action_names, recall.tolist(), strict=True)}
+    write_csv(folder / f"moa_eval_epoch{epoch}.csv", table)
+    content = {
+        "row": result.rows, "q": result.q.astype(np.float32), "action": records.arrays["action"][result.rows],
+        "strategy": records.arrays["strategy"][result.rows], "confusion": confusion(result.q, records, result.rows),
+        **result.values,
+    }  # fmt: skip
+    write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
+
+
+# --- run folder, logging, checkpoints: the same text in every script ---
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2; called before anything is created."""
+    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    raise SystemExit(2)
+
+
+def episode_seed(seed: int, index: int, stream: int = 0) -> int:
+    """The reset seed of one episode: a pure function, so that each can be replayed alone (stream 1: evaluation)."""
+    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder, everything that is written into it, and the signals that end a run."""
+
+    def __init__(self, args: Args) -> None:
+        """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
+        if args.resume and not args.run_name:
+            usage_error("--resume needs the --run-name of the run to continue")
+        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.name = name.replace("/", "-").replace(":", "-")
+        self.folder = Path(args.runs_dir) / self.name
+        self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
+        self.eval_rows: list[dict[str, float]] = []
+        self.signal, self.wandb, self.checkpoint = 0, None, None
+        if self.folder.exists() and not args.resume:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        if args.resume and self.folder.exists():
+            self.load_checkpoint()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
+        if self.checkpoint is None:
+            git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+            commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
+            about = {
+                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
+                "commit": commit, "python": sys.version.split()[0],
+                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+            }  # fmt: skip
+            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+            shutil.copy(__file__, self.folder / Path(__file__).name)
+        step = self.checkpoint["step"] if self.checkpoint else 0
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        if args.track:
+            import wandb
+
+            try:
+                wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                if self.checkpoint is None:
+                    shutil.rmtree(self.folder)
+                usage_error(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline")
+            wandb.define_metric("*", step_metric="global_step")
+            self.wandb = wandb
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self.started = self.shown = self.window_time = time.monotonic()
+        self.window_step = step
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Remember the signal; the loop saves and stops after its current step."""
+        self.signal = number
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({**metrics, "global_step": step})
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.eval_rows.append({"step": step, **metrics})
+        self.write_evaluations()
+
+    def write_evaluations(self) -> None:
+        """Write all evaluations so far to `eval.csv`."""
+        rows = [row.values() for row in self.eval_rows]
+        lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
+        write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
+
+    def log_figure(self, step: int, name: str, figure: Any) -> None:
+        """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
+        path = self.folder / f"{name}.png"
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        figure.clear()
+        image = np.asarray(PIL.Image.open(path).convert("RGB"))
+        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        if self.wandb:
+            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+
+    def log_videos(self, step: int, paths: list[Path]) -> None:
+        """Show videos that lie in the run folder in wandb too."""
+        if self.wandb and paths:
+            videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
+            self.wandb.log({"videos/evaluation": videos, "global_step": step})
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
+                print(f"{self.name}: {done}, {text}", flush=True)
+
+    def steps_per_second(self, step: int) -> float:
+        """Environment steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
+        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        own = {
+            "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
+            "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }  # fmt: skip
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save({**own, **state}, file))
+
+    def load_checkpoint(self) -> None:
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        try:
+            if path.exists():
+                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                script, arguments = self.checkpoint["script"], json.loads(self.checkpoint["arguments"])
+                self.eval_rows = self.checkpoint["eval_rows"]
+            elif about.exists():
+                recorded = json.loads(about.read_text())
+                script, arguments = recorded["script"], recorded["arguments"]
+            elif not {path.name for path in self.folder.iterdir()} - {"args.json.tmp"}:
+                return  # killed before anything was written
+            else:
+                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
+        except Exception as error:  # a damaged file raises nearly anything
+            damaged, reason = path if path.exists() else about, type(error).__name__
+            usage_error(f"{damaged} is damaged ({reason}); restore a copy, or start again with another --run-name")
+        if script != Path(__file__).stem:
+            usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
+        changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
+        if changed:
+            listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
+            usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
+        if self.checkpoint and self.checkpoint["finished"]:
+            print(f"{self.folder} is finished")
+            raise SystemExit(0)
+
+    def restore_random_state(self) -> None:
+        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
+        torch.set_rng_state(self.checkpoint["torch_rng"])
+        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        self.write_evaluations()
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with one line and status 1; the last checkpoint stays as it is."""
+        path = self.folder / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        self.close()
+        print(f"error: {message}; {last}", file=sys.stderr)
+        raise SystemExit(1)
+
+    def stop(self) -> NoReturn:
+        """End the run after a signal, with the status that a shell gives it (143 or 130)."""
+        self.close()
+        print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def close(self) -> None:
+        """Close the bar and the loggers and give the signals back."""
+        self.bar.close()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# --- end of the common block ---
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
+    figure = Figure(figsize=(4.0 * columns + 0.6, 3.4 * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
+    """Training losses (means over an epoch), and the validation loss, over gradient steps."""
+    names = [name for name in ("policy", "reconstruction", "kl") if not math.isnan(rows[-1][f"train_{name}"])]
+    figure, axes = new_figure(1, 1 + len(names), title)
+    steps = [row["step"] for row in rows]
+    for axis, name in zip(axes[0], ("loss", *names), strict=True):
+        axis.plot(steps, [row[f"train_{name}"] for row in rows], marker=".", label="training rows")
+        axis.plot(steps, [row[f"validation_{name}"] for row in rows], marker=".", label="held-out rows (validation)")
+        unit = {"policy": "cross-entropy", "reconstruction": "cross-entropy of a frame", "kl": "KL"}.get(name, "loss")
+        axis.set(xlabel="gradient steps", ylabel=f"{unit} (nats)" if name != "loss" else "loss of the objective")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def draw_confusion(result: Evaluation, records: Records) -> Figure:
+    """The share of each action's rows that was predicted as each other, for all rows and for each strategy."""
+    parts = list(subsets(records, result.rows))
+    figure, axes = new_figure(1, len(parts), "What was done (rows) and what was predicted (columns)")
+    names, size = records.action_names, records.sizes.actions
+    for axis, (name, part) in zip(axes[0], parts, strict=True):
+        counts = confusion(result.q[part], records, result.rows[part])
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=f"{name}, {len(part):,} rows", xticks=range(size), yticks=range(size), yticklabels=names)
+        axis.set_xticklabels(names, rotation=60, ha="right")
+        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+            color = "white" if shares[row, column] > 0.6 else "black"
+            axis.text(
+                column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8
+            )
+    return figure
+
+
+def draw_recall_and_calibration(q: dict[str, np.ndarray], records: Records, rows: np.ndarray) -> Figure:
+    """Recall of each action, and how often predictions of some certainty are right, for each of `q` (R, A) by name."""
+    figure, axes = new_figure(1, 2, "Recall of each action, and calibration")
+    action, width = records.arrays["action"][rows].astype(int), 0.8 / len(q)
+    for i, (name, values) in enumerate(q.items()):
+        counts = confusion(values, records, rows)
+        recall = np.diag(counts) / np.maximum(counts.sum(1), 1)
+        axes[0, 0].bar(np.arange(len(recall)) + (i - (len(q) - 1) / 2) * width, recall, width, label=name)
+        sure, hit = values.max(1), values.argmax(1) == action
+        bins = np.minimum((sure * 15).astype(int), 14)
+        count = np.bincount(bins, minlength=15)
+        some = count >= 20
+        means = [np.bincount(bins, weights=x, minlength=15)[some] / count[some] for x in (sure, hit)]
+        axes[0, 1].plot(*means, marker=".", label=name)
+    axes[0, 0].set(xticks=range(records.sizes.actions), ylabel="recall", ylim=(0, 1.02))
+    axes[0, 0].set_xticklabels(records.action_names, rotation=60, ha="right")
+    axes[0, 1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
+    axes[0, 1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Figure:
+    """The latent means of some rows in their two main directions, coloured by strategy and by action."""
+    chosen = np.random.default_rng(0).permutation(len(result.rows))[:count]
+    z = torch.from_numpy(result.values["mean"][chosen]).double()
+    centered = z - z.mean(0)
+    _, strength, directions = torch.linalg.svd(centered, full_matrices=False)
+    points = (centered @ directions[:2].T).numpy()
+    share = float(strength[:2].square().sum() / strength.square().sum().clamp_min(1e-12))
+    colours = {"action": (records.arrays["action"], records.action_names)}
+    if records.strategies:
+        colours = {"strategy": (records.arrays["strategy"], records.strategies), **colours}
+    title = f"Latent z in two main directions ({share:.0%} of its variance)"
+    figure, axes = new_figure(1, len(colours), title)
+    for axis, (name, (values, labels)) in zip(axes[0], colours.items(), strict=True):
+        of_row = values[result.rows[chosen]]
+        for number, label in enumerate(labels):
+            here = points[of_row == number]
+            axis.scatter(here[:, 0], here[:, -1], s=3, alpha=0.5, color=f"C{number}", label=label)
+        axis.set(title=f"by {name}", xlabel="first main direction", ylabel="second main direction")
+        axis.legend(fontsize=7, markerscale=4)
+    return figure
+
+
+@torch.inference_mode()
+def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: int = 4) -> Figure:
+    """Planes of some frames (upper rows), and what the decoder makes of their latent (lower rows)."""
+    units = torch.from_numpy(records.units(rows))
+    units = units[torch.linspace(0, len(units) - 1, count).long()]
+    batch = records.batch(units)
+    last = (
+        [int((batch.slot // batch.length == i).sum()) for i in range(count)] if batch.slot is not None else [1] * count
+    )
+    chosen = np.cumsum(last) - 1  # with history: the end of each sequence
+    frames = batch.frames[chosen, : records.sizes.channels].cpu()
+    drawn = model.decoder(model.encoder(batch)[0])[chosen].sigmoid().cpu()
+    names = records.meta.get("channel_names") or [f"plane {c}" for c in range(records.sizes.channels)]
+    figure = Figure(figsize=(1.3 * records.sizes.channels + 0.6, 2.6 * count + 0.4), layout="constrained")
+    figure.suptitle("Frames (upper rows) and their reconstructions (lower rows)")
+    axes = figure.subplots(2 * count, records.sizes.channels, squeeze=False)
+    for i in range(count):
+        for half_row, (label, values) in enumerate((("frame", frames[i]), ("decoded", drawn[i]))):
+            for c, axis in enumerate(axes[2 * i + half_row]):
+                axis.imshow(values[c], cmap="magma", vmin=0, vmax=1)
+                axis.set(
+                    xticks=[], yticks=[], ylabel=label if c == 0 else "", title=names[c] if i + half_row == 0 else ""
+                )
+    return figure
+
+
+def draw_table(table: list[dict[str, Any]], title: str) -> Figure:
+    """Top-1 accuracy (expected, where that is known) of the model between the baselines and the ceilings."""
+    column = "top1" if math.isnan(table[0]["expected_top1"]) else "expected_top1"
+    kinds = list(dict.fromkeys(row["subset"] for row in table))
+    figure = Figure(figsize=(8.5, 0.5 * len(table) / len(kinds) + 1.6), layout="constrained")
+    axis, names = figure.subplots(), list(dict.fromkeys(row["name"] for row in table))
+    for kind, marker in zip(kinds, "osd^v", strict=False):
+        values = {row["name"]: row[column] for row in table if row["subset"] == kind}
+        shown = [values.get(name, math.nan) for name in names]
+        axis.plot(
+            shown, range(len(names)), marker, label=f"{kind} rows" if kind == "all" else f"rows of {kind} players"
+        )
+    for place, name in enumerate(names):
+        value = next(row[column] for row in table if row["name"] == name and row["subset"] == "all")
+        axis.annotate(
+            f"{value:.3f}", (value, place), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+        )
+    axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.05), ylim=(-0.6, len(names) - 0.3))
+    axis.set(xlabel=column.replace("_", " ") + " accuracy", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+def check(args: Args) -> Args:
+    """Check all that can be checked without the data. Raises ValueError with one line."""
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            near = difflib.get_close_matches(str(getattr(args, name)), choices, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
+    may_be_zero = {
+        "seed", "data_seed", "kl_weight", "kl_warmup", "reconstruction_weight", "reference_steps", "total_timesteps",
+    }  # fmt: skip
+    for name, value in asdict(args).items():
+        least = 0 if name in may_be_zero else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
+        if isinstance(value, float) and not (
+            math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))
+        ):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number expected")
+    if args.total_timesteps == 0 and not args.load:
+        raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
+    if args.capture_video:
+        raise ValueError("--capture-video: nothing moves here; the pictures are written without it")
+    return args
+
+
+def fingerprint(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """What tells whether a resumed run still has the dataset that it began with."""
+    hashes = meta.get("sha256", {})
+    return json.dumps([hashes.get("obs"), hashes.get("action"), arrays["obs"].shape, int(arrays["action"].sum())])
+
+
+def same_shape(model: MOA, args: Args, sizes: Sizes, path: str) -> None:
+    """Raise ValueError, with both shapes, if a loaded model does not fit the arguments and the data."""
+    has = (*model.sizes[:5], *(getattr(model.args, name) for name in ("latent_dim", "head_input", "context")))
+    wanted = (*sizes[:5], args.latent_dim, args.head_input, args.context)
+    if has != wanted:
+        text = "observations {}x{}x{}, {} actions, {} players, --latent-dim {}, --head-input {}, --context {}"
+        raise ValueError(f"{path} is a model for {text.format(*has)}; this run has {text.format(*wanted)}")
+
+
+def final_table(
+    result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args, fit_rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
+    rows, device = result.rows, model.device
+    predictions = baselines(records, rows)
+    with torch.random.fork_rng():
+        torch.manual_seed(episode_seed(args.seed, 0, stream=3))
+        untrained = MOA(args, records.sizes, device)
+    mean = predict(untrained, records, rows)["mean"]
+    predictions["random encoder + probe"] = probe_action(untrained, records, rows, fit_rows, mean).astype(np.float64)
+    name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
+    predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
+    if known and args.reference_steps:
+        strategy = reference_strategy(records, rows, args, device)
+        mixed = np.einsum("rk,rka->ra", strategy, records.arrays["policy_probs"][rows].astype(np.float64))
+        predictions["single frame, knows the policies"] = mixed
+    return predictions | {name: values[rows] for name, values in known.items()}
+
+
+def report(
+    run: "Run", step: int, result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args,
+    fit_rows: np.ndarray,
+) -> None:  # fmt: skip
+    """Print and write the table of the final evaluation (`table.csv`), the probes (`probes.csv`) and the pictures."""
+    rows = result.rows
+    predictions = final_table(result, records, known, model, args, fit_rows)
+    own = next(name for name, q in predictions.items() if q is result.q)
+    best = predictions.get("history Bayes")
+    table = [
+        {"name": name, **row} for name, q in predictions.items() for row in score_subsets(q, records, rows, best)
+    ]  # fmt: skip
+    column = "expected_top1" if known else "top1"
+    overall = {row["name"]: row for row in table if row["subset"] == "all"}
+    for row in table:
+        reference = {other["name"]: other[column] for other in table if other["subset"] == row["subset"]}
+        room = reference["history Bayes"] - reference["majority"] if known else math.nan
+        row["achieved"] = (row[column] - reference["majority"]) / room if known else math.nan
+    write_csv(run.folder / "table.csv", table)
+    probes = run_probes(model, records, rows, fit_rows)
+    write_csv(run.folder / "probes.csv", [probes])
+    print(f"\n{len(rows):,} held-out rows of {len(np.unique(records.arrays['episode'][rows])):,} games")
+    columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
+    columns = [name for name in columns if not math.isnan(overall[own][name])]
+    width = max(len(name) for name in overall) + 2
+    print(" " * width + "".join(f"{name.replace('_', ' ').replace('accuracy', 'acc.'):>15}" for name in columns))
+    for name, row in overall.items():
+        print(name.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
+    for name in ("history Bayes", "oracle"):
+        if name in predictions:
+            gain, error = difference(result.q, predictions[name], records, rows)
+            print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
+            if gain > 2.0 * error + 1e-9 and (name == "oracle" or args.context != "history" or gain > 0.01):
+                print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
+    print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
+    shown = {"model": result.q, **{name: predictions[name] for name in ("history Bayes", "oracle") if known}}
+    figures = {
+        "vae_loss_curve": draw_losses(run.eval_rows, run.name), "confusion_matrix": draw_confusion(result, records),
+        "recall_and_calibration": draw_recall_and_calibration(shown, records, rows),
+        "latent": draw_latent(result, records), "ceilings": draw_table(table, run.name),
+    }  # fmt: skip
+    if "decoder" in model.used:
+        figures["reconstructions"] = draw_reconstructions(model, records, rows)
+    for name, figure in figures.items():
+        run.log_figure(step, name, figure)
+
+
+def evaluate_epoch(
+    model: MOA, records: Records, parts: dict[str, np.ndarray], best: np.ndarray | None, train: dict[str, float]
+) -> tuple[dict[str, float], Evaluation]:
+    """Scores of the held-out episodes `parts["test"]`, losses of `parts["validation"]`, and what to write down.
+
+    `best` (N, A) are the best possible predictions, `train` the mean training losses of this epoch.
+    """
+    result = evaluate(model, records, parts["test"], parts["probe"])
+    names = "loss", "policy", "reconstruction", "kl"
+    validation = predict(model, records, parts["validation"])
+    losses = {name: math.nan for name in names} | {"kl": float(validation["kl"].mean())}
+    losses["loss"] = model.args.kl_weight * losses["kl"]  # the final weight of the KL, so that epochs compare
+    if "q" in validation:
+        action = records.arrays["action"][parts["validation"]]
+        losses["policy"] = float(surprise(validation["q"][np.arange(len(action)), action]).mean())
+        losses["loss"] += losses["policy"]
+    if "frame_nll" in validation:
+        losses["reconstruction"] = float(validation["frame_nll"].mean())
+        losses["loss"] += model.args.reconstruction_weight * losses["reconstruction"]
+    metrics = {f"train_{name}": train.get(name, math.nan) for name in names}
+    metrics |= {f"validation_{name}": losses[name] for name in names}
+    for row in score_subsets(result.q, records, result.rows, None if best is None else best[result.rows]):
+        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
+        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
+    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
+    return metrics, result
+
+
+def main(args: Args) -> Path:
+    """Pre-train one model, evaluate it, and return its run folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
+    try:
+        check(args)
+        arrays, meta = open_dataset(args)
+        records = Records(arrays, meta, args.context, device)
+        if args.augment and (records.sizes.height != records.sizes.width or not records.strategies):
+            raise ValueError("--augment is for stag hunts: it turns the board, and knows what that does to the actions")
+        loaded = load_model(args.load) if args.load else None
+        if loaded:
+            same_shape(loaded, args, records.sizes, args.load)
+    except ValueError as error:
+        usage_error(str(error))
+    run = Run(args)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
+    model = MOA(args, records.sizes, device)
+    if loaded:
+        model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
+    sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
+    parts = {"validation": records.rows(1), "test": records.rows(2, args.eval_episodes)}
+    parts["probe"] = probe_rows(records, args.probe_rows)
+    known = ceilings(records)
+    best = known.get("history Bayes")
+    print(
+        f"{run.name}: {len(records.rows(0)):,} training rows in batches of about {args.batch_size}, "
+        f"{len(sampler.units) / sampler.batches / sampler.size * args.total_timesteps * sampler.size / len(sampler.units):.1f} passes"
+    )
+    step, sums, losses = 0, {}, {}
+    if run.checkpoint is not None:
+        state = run.checkpoint
+        if state["dataset"] != fingerprint(meta, arrays):
+            run.close()
+            usage_error(f"--resume with another dataset than {run.folder} began with; restore it, or start another run")
+        step, sums = state["step"], state["sums"]
+        model.load_state_dict(state["model"])
+        run.restore_random_state()
+
+    last = step == args.total_timesteps
+    while not last:
+        batch = records.batch(sampler.draw(step))
+        if args.augment:
+            turn, order = int(torch.randint(8, ())), torch.randperm(records.sizes.players - 1)
+            batch = augment(batch, records.sizes, turn, order)
+        losses = model.update(batch, step)
+        for name, value in losses.items():  # means over an epoch, without waiting for the device
+            sums[name] = sums.get(name, 0.0) + value
+        step += 1
+
+        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0 or step == args.total_timesteps
+        saving = step % args.checkpoint_frequency == 0 or evaluating or run.signal
+        run.progress(step, "")
+        if step % 500 == 0 or saving:
+            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+            speed = run.steps_per_second(step)
+            run.log(step, {
+                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size, "charts/alpha": model.alpha(step),
+                "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
+            })  # fmt: skip
+        if evaluating:
+            epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
+            train = {name: float(value) / steps for name, value in sums.items()}
+            metrics, result = evaluate_epoch(model, records, parts, best, train | {"loss": train["total"]})
+            sums = {}
+            run.log_evaluation(step, metrics)
+            write_epoch(run.folder, epoch, result, records, None if best is None else best[result.rows])
+            names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
+            print(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
+                f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
+            ))  # fmt: skip
+            if metrics["validation_loss"] <= min(row["validation_loss"] for row in run.eval_rows):
+                save_model(model, run.folder / "best_model.pt")
+        if saving:
+            dataset = fingerprint(meta, arrays)
+            run.save_checkpoint(step, {"model": model.state_dict(), "sums": sums, "dataset": dataset})
+            if run.signal and not last:
+                run.stop()
+
+    save_model(model, run.folder / "model.pt")
+    if not run.eval_rows:  # --total-timesteps 0
+        metrics, _ = evaluate_epoch(model, records, parts, best, {})
+        run.log_evaluation(step, metrics)
+        save_model(model, run.folder / "best_model.pt")
+    chosen = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
+    test = records.rows(2)
+    report(run, step, evaluate(chosen, records, test, parts["probe"]), records, known, chosen, args, parts["probe"])
+    run.save_checkpoint(step, {"model": model.state_dict(), "dataset": fingerprint(meta, arrays)}, finished=True)
+    run.close()
+    print(f"see {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
