@@ -1,4 +1,4 @@
-"""Hybrid-action environments. Importing this package registers their ids with Gymnasium."""
+"""Environments that no installable package has. Importing this package registers their ids with Gymnasium."""
 
 from gymnasium.envs.registration import register
 
@@ -10,3 +10,4 @@ register("HardMove-v0", entry_point="envs.point_mass:HardMoveEnv")
 for n in (4, 6, 8, 10):
     register(f"HardMove{n}-v0", entry_point="envs.point_mass:HardMoveEnv", kwargs={"n": n})
 register("SimpleMove-v0", entry_point="envs.point_mass:SimpleMoveEnv")
+register("DotHazard-v0", entry_point="envs.dot_hazard:DotHazardEnv", max_episode_steps=40)
