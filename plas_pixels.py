@@ -622,10 +622,8 @@ class PLAS:
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
-        if pretraining and self.signals == {"critic"}:
-            optimizers.remove(self.encoder_optimizer)  # nothing reached it
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.step()  # what no loss reached has no gradient and stays
         if not pretraining:
             if self.args.policy == "latent":
                 losses |= self.update_policy(feature.detach(), vae_feature.detach())
@@ -826,20 +824,24 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     return sac_ae_policy(Path(name), env)
 
 
-def collect(env: gym.Env, policy: str, steps: int, seed: int) -> dict[str, np.ndarray]:
-    """Play whole episodes for at least `steps` steps; returns columns as `load` describes them, with `state` (M, S)."""
+def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = math.inf) -> dict[str, np.ndarray]:
+    """Play episodes, of at most `longest` steps, for at least `steps` steps in all.
+
+    Returns columns as `load` describes them, and `state` (M, S).
+    """
     act = behaviour(policy, np.random.default_rng(seed), env)
     rows: list[tuple] = []
     episode = taken = 0
     while taken < steps:
         observation, info = env.reset(seed=episode_seed(seed, episode, stream=4))
-        action, done, episode = np.zeros(env.action_space.shape, np.float32), False, episode + 1
+        action, length, done, episode = np.zeros(env.action_space.shape, np.float32), 0, False, episode + 1
         rows.append((observation[-3:], action, 0.0, 1.0, True, info["state"]))
         while not done:
             action = act(env, observation)
             observation, reward, terminated, truncated, info = env.step(action)
             rows.append((observation[-3:], action, reward, 1.0 - terminated, False, info["state"]))
-            done, taken = terminated or truncated, taken + 1
+            taken, length = taken + 1, length + 1
+            done = terminated or truncated or length >= longest
     image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
     return {
         "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
@@ -1168,7 +1170,7 @@ def main(args: Args) -> Path:
     agent, dataset = PLAS(args, env, device), dataset.to(device)
     environments = [make_env(args) for _ in range(args.eval_episodes)]
     fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, min(2_000, len(dataset.rows)), device=device).long())
-    wide = collect(env, "random", 500, args.seed + 1)  # covers more states than a good policy visits
+    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
     stacks = Dataset(wide, args.frame_stack)
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
     states = wide["state"][stacks.rows - 1]
