@@ -798,8 +798,37 @@ def scripted_action(env: gym.Env) -> np.ndarray:
 
 
 def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
-    """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it is none or does not fit."""
-    raise ValueError(f"{path}: models of sac_ae_pixels.py cannot be read yet")
+    """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it is none or does not fit `env`."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        weights, theirs = model["actor"], json.loads(model["arguments"])
+        seen = {name: theirs[name] for name in ("image_size", "frame_stack", "action_repeat")}
+        trunk = [(weights[f"trunk.{i}.weight"], weights[f"trunk.{i}.bias"]) for i in (0, 2, 4)]
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
+    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
+    if seen != here or len(trunk[-1][1]) != 2 * env.action_space.shape[0]:
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in seen.items())
+        raise ValueError(f"{path} was trained with {flags} and other actions or sizes than here; use the same")
+
+    @torch.no_grad()
+    def act(_: gym.Env, observation: np.ndarray) -> np.ndarray:
+        hidden = torch.from_numpy(observation)[None] / 255.0
+        for i in range(theirs["num_layers"]):
+            hidden = F.conv2d(
+                hidden, weights[f"encoder.convs.{i}.weight"], weights[f"encoder.convs.{i}.bias"], 2 - (i > 0)
+            )
+            hidden = F.relu(hidden)
+        hidden = F.linear(
+            hidden.permute(0, 2, 3, 1).flatten(1), weights["encoder.fc.weight"], weights["encoder.fc.bias"]
+        )
+        norm = weights["encoder.ln.weight"], weights["encoder.ln.bias"]
+        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *norm))
+        for layer in trunk[:-1]:
+            hidden = F.relu(F.linear(hidden, *layer))
+        return torch.tanh(F.linear(hidden, *trunk[-1]).chunk(2, 1)[0])[0].numpy()
+
+    return act
 
 
 def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
