@@ -1,4 +1,4 @@
-"""Environments. Importing this package registers their ids with Gymnasium, and the stag hunt's with PettingZoo."""
+"""Environments that no installable package has. Importing this package registers their ids."""
 
 import contextlib
 
@@ -12,6 +12,7 @@ register("HardMove-v0", entry_point="envs.point_mass:HardMoveEnv")
 for n in (4, 6, 8, 10):
     register(f"HardMove{n}-v0", entry_point="envs.point_mass:HardMoveEnv", kwargs={"n": n})
 register("SimpleMove-v0", entry_point="envs.point_mass:SimpleMoveEnv")
+register("DotHazard-v0", entry_point="envs.dot_hazard:DotHazardEnv", max_episode_steps=40)
 
 with contextlib.suppress(ModuleNotFoundError):  # the game for several agents needs PettingZoo; the others do not
     import pettingzoo

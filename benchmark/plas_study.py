@@ -1,0 +1,158 @@
+"""Collect the study of plas_pixels.py: which losses should train the encoder.
+
+    python benchmark/plas_study.py
+    python benchmark/plas_study.py --runs /scratch/runs --steps 2000 10000
+
+Reads the run folders that `benchmark/plas_pixels.sh` names, `plas_pixels-<signal>-<dataset>__<environment>__<seed>`.
+Writes to benchmark/results/plas_pixels/: `<environment>.csv` (every evaluation of every run), `<environment>.md` (means
+and standard deviations over seeds at fixed steps) and `<environment>.png` (curves). What the CSV file already holds of
+other runs stays there, so that results can be collected from several machines.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]
+DATASETS = ["random", "medium", "mixed", "expert"]
+KEY = ["dataset", "signal", "seed", "step"]
+COLUMNS = {  # of eval.csv, and of the table
+    "episodic_return": "return", "q_error": "Q error (MSE)", "q_bias": "Q bias", "q_correlation": "Q corr.",
+    "prior_action_error": "prior action error", "probe_r2": "probe R²", "encoder_gradient_critic": "critic's gradient",
+    "encoder_gradient_vae": "VAE's gradient", "encoder_gradient_cosine": "cosine",
+}  # fmt: skip
+LEVELS = ["behaviour_return", "random_return", "expert_return"]
+Row = dict[str, str]
+
+
+@dataclass
+class Args:
+    """What to collect."""
+
+    runs: Path = Path("runs")
+    """the folder with the run folders"""
+    results: Path = ROOT / "benchmark" / "results" / "plas_pixels"
+    """the folder to write to"""
+    steps: tuple[int, ...] = (2_000, 10_000)
+    """gradient steps at which the table compares"""
+
+
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_runs(folder: Path) -> dict[str, list[Row]]:
+    """The evaluations of all finished runs of the study, by environment."""
+    found: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob("plas_pixels-*__*/eval.csv")):
+        arguments = json.loads(path.with_name("args.json").read_text())["arguments"]
+        signal, _, dataset = path.parent.name.removeprefix("plas_pixels-").partition("__")[0].partition("-")
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
+            key = {"dataset": dataset, "signal": signal, "seed": str(arguments["seed"])}
+            found.setdefault(arguments["env_id"], []).extend({**key, **row} for row in rows)
+    return found
+
+
+def merge(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a CSV file and these, which count where both have one; written back, sorted."""
+    names = [*KEY, *COLUMNS, *LEVELS]
+    merged = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            merged = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+    for row in rows:
+        kept = {name: row[name] if name in KEY else f"{float(row.get(name) or 'nan'):.6g}" for name in names}
+        merged[tuple(row[name] for name in KEY)] = kept
+    ordered = [merged[key] for key in sorted(merged, key=lambda key: (key[0], key[1], int(key[2]), int(key[3])))]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
+    return ordered
+
+
+def values(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> np.ndarray:
+    """One number a seed."""
+    chosen = [row for row in rows if (row["dataset"], row["signal"], int(row["step"])) == (dataset, signal, step)]
+    return np.array([float(row[column]) for row in chosen])
+
+
+def table(rows: list[Row], steps: tuple[int, ...]) -> str:
+    """Mean and standard deviation over seeds, in Markdown."""
+    lines = []
+    for dataset in [name for name in DATASETS if any(row["dataset"] == name for row in rows)]:
+        own = [row for row in rows if row["dataset"] == dataset]
+        means = {name: np.array([float(row[name]) for row in own]) for name in LEVELS}
+        means = {name: np.nanmean(column) for name, column in means.items() if not np.isnan(column).all()}
+        levels = [f"{name.removesuffix('_return')} {mean:.2f}" for name, mean in means.items()]
+        lines += [f"Dataset {dataset}. Mean returns: {', '.join(levels)}.", ""]
+        lines += [f"| encoder trained by | steps | seeds | {' | '.join(COLUMNS.values())} |"]
+        lines += ["|" + " --- |" * (3 + len(COLUMNS))]
+        for step in steps:
+            for signal in SIGNALS:
+                cells = [values(rows, dataset, signal, step, column) for column in COLUMNS]
+                if len(cells[0]):
+                    text = ["–" if np.isnan(c).all() else f"{np.nanmean(c):.2f} ± {np.nanstd(c):.2f}" for c in cells]
+                    lines.append(f"| {signal} | {step:,} | {len(cells[0])} | {' | '.join(text)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], title: str) -> Figure:
+    """Return and error of Q over gradient steps: mean and every seed, a column a dataset, a colour a signal."""
+    datasets = [name for name in DATASETS if any(row["dataset"] == name for row in rows)]
+    figure = Figure(figsize=(4.6 * len(datasets), 7.0), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, len(datasets), squeeze=False)
+    for column, dataset in enumerate(datasets):
+        for i, signal in enumerate(SIGNALS):
+            own = [row for row in rows if (row["dataset"], row["signal"]) == (dataset, signal)]
+            steps = sorted({int(row["step"]) for row in own})
+            for axis, name in zip(axes[:, column], ("episodic_return", "q_error"), strict=True):
+                for seed in {row["seed"] for row in own}:
+                    curve = [(int(row["step"]), float(row[name])) for row in own if row["seed"] == seed]
+                    axis.plot(*zip(*curve, strict=True), color=f"C{i}", linewidth=0.6, alpha=0.4)
+                if steps:
+                    means = [values(rows, dataset, signal, step, name).mean() for step in steps]
+                    axis.plot(steps, means, color=f"C{i}", linewidth=2, label=signal)
+        level = np.nanmean([float(row["behaviour_return"]) for row in rows if row["dataset"] == dataset])
+        axes[0, column].axhline(level, color="black", linestyle="--", linewidth=1, label="behaviour")
+        axes[0, column].set(title=f"dataset {dataset}", ylabel="evaluation return")
+        axes[1, column].set(xlabel="gradient steps", ylabel="squared error of Q", yscale="log")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def main(args: Args) -> None:
+    """Read, merge, draw, and print the tables."""
+    found = read_runs(args.runs)
+    args.results.mkdir(parents=True, exist_ok=True)
+    environments = set(found) | {path.stem for path in args.results.glob("*.csv")}
+    if not environments:
+        usage_error(f"no finished runs of the study in {args.runs}; see benchmark/plas_pixels.sh")
+    for environment in sorted(environments):
+        name = environment.replace("/", "-")
+        rows = merge(args.results / f"{name}.csv", found.get(environment, []))
+        text = table(rows, args.steps)
+        (args.results / f"{name}.md").write_text(text)
+        title = f"plas_pixels on {environment}: means (thick) and seeds (thin)"
+        draw(rows, title).savefig(args.results / f"{name}.png", dpi=110)
+        print(f"{environment}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

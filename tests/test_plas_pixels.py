@@ -1,0 +1,657 @@
+"""plas_pixels.py: which loss trains what, its data, learning, resuming, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.utils.env_checker import check_env
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "plas_pixels.py"
+sys.path.insert(0, str(ROOT))
+
+import plas_pixels  # noqa: E402
+from plas_pixels import PLAS, SIGNALS, Args, Batch, Dataset, collect, evaluate, load, make_env, resolve  # noqa: E402
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+SMALL = {
+    "collect_steps": 400, "num_filters": 4, "feature_dim": 8, "hidden_dim": 16, "batch_size": 8, "eval_episodes": 2,
+    "eval_frequency": 20, "checkpoint_frequency": 10, "total_timesteps": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_own_folder(tmp_path, monkeypatch):
+    """Datasets are cached in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def env():
+    return make_env(resolve(Args()))
+
+
+@pytest.fixture(scope="module")
+def columns(env):
+    return collect(env, "medium", 400, 0)
+
+
+def make_agent(env, seed=0, **changes) -> PLAS:
+    torch.manual_seed(seed)
+    return PLAS(resolve(Args(**{**SMALL, **changes})), env, CPU)
+
+
+def make_batch(columns, size=8, frame_stack=1) -> Batch:
+    dataset = Dataset(columns, frame_stack)
+    index = torch.randperm(len(dataset.rows), generator=torch.Generator().manual_seed(1))[:size]
+    batch = dataset.batch(index)
+    discount = batch.discount.clone()
+    discount[::3] = 0.0
+    return batch._replace(discount=discount)
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def moved(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[bool]:
+    return {not torch.equal(before[name], value) for name, value in module.state_dict().items()}
+
+
+# --- Dot Hazard ---
+def test_dot_hazard_follows_gymnasiums_rules():
+    check_env(gym.make("DotHazard-v0").unwrapped, skip_render_check=True)
+
+
+def test_dot_hazard_pays_for_the_goal_and_costs_in_the_hazard():
+    env = gym.make("DotHazard-v0").unwrapped
+    env.reset(seed=0)
+    env.set_state({"state": np.array([0.5, 0.5, 0.9, 0.5, 0.2, 0.2])})
+    assert env.step(np.zeros(2))[1] == 0.0
+    env.set_state({"state": np.array([0.5, 0.5, 0.54, 0.5, 0.2, 0.2])})
+    assert env.step(np.ones(2))[1] == 1.0
+    assert np.allclose(env.get_state()["state"][:2], 0.58)
+    env.set_state({"state": np.array([0.5, 0.5, 0.9, 0.9, 0.5, 0.4])})
+    picture, reward, terminated, truncated, info = env.step(np.array([0.0, -5.0]))  # clipped to one step of 0.08
+    assert reward == -1.0 and not terminated and not truncated
+    assert np.allclose(info["state"], [0.5, 0.42, 0.9, 0.9, 0.5, 0.4])
+    assert (
+        picture[16, 14, 0] == 255 and picture[16, 14, 2] == 255 and picture[2, 25, 1] == 255 and not picture[0, 0].any()
+    )
+    for bad in (np.zeros(3), np.array([np.nan, 0.0])):
+        with pytest.raises(ValueError, match="two finite numbers"):
+            env.step(bad)
+
+
+def test_the_experts_return_is_far_above_the_mediums_and_that_above_random(env):
+    returns = {}
+    for name in ("random", "medium", "expert"):
+        data = collect(env, name, 1_600, 1)
+        returns[name] = Dataset(data, 1).returns.mean()
+    assert returns["random"] < 2.0 < 8.0 < returns["medium"] < 18.0 < 22.0 < returns["expert"]
+
+
+# --- the environment's wrapper ---
+class NumberEnv(gym.Env):
+    """Each picture shows the number of steps so far, each reward is the action; actions are in [2, 6]."""
+
+    def __init__(self, length=5, render_mode=None):
+        self.observation_space = gym.spaces.Box(0, 255, (12, 12, 3), np.uint8)
+        self.action_space = gym.spaces.Box(2.0, 6.0, (1,), np.float64)
+        self.render_mode, self.length = render_mode, length
+
+    def picture(self):
+        return np.full((12, 12, 3), self.count, np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self.picture(), {}
+
+    def step(self, action):
+        self.count += 1
+        return self.picture(), float(action[0]), self.count == self.length, False, {}
+
+
+class RenderedEnv(NumberEnv):
+    """Observes a number, and draws."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.observation_space = gym.spaces.Box(0, 9, (1,))
+
+    def picture(self):
+        return np.array([self.count], np.float32)
+
+    def render(self):
+        return np.full((50, 30, 3), self.count, np.uint8)
+
+
+class DiscreteEnv(NumberEnv):
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(3)
+
+
+class BlindEnv(NumberEnv):
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-1, 1, (4,))
+
+
+for entry in (NumberEnv, RenderedEnv, DiscreteEnv, BlindEnv):
+    gym.register(f"Plas{entry.__name__}-v0", entry)
+
+
+def test_pictures_are_stacked_and_actions_scaled_and_repeated():
+    env = make_env(resolve(Args(env_id="PlasNumberEnv-v0", frame_stack=3, action_repeat=2)))
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (9, 12, 12) and observation.max() == 0
+    observation, reward, terminated, _, info = env.step(np.array([-1.0], np.float32))
+    assert reward == 4.0 and observation[:, 0, 0].tolist() == [0] * 6 + [2] * 3 and info["state"][0] == 2
+    observation, reward, _, _, _ = env.step(np.array([3.0], np.float32))  # outside: clipped to 6
+    assert reward == 12.0 and observation[:, 0, 0].tolist() == [0] * 3 + [2] * 3 + [4] * 3
+    observation, reward, terminated, _, _ = env.step(np.array([0.0], np.float32))
+    assert reward == 4.0 and terminated  # the second repetition is never made
+    assert env.render().shape == (264, 264, 3)
+
+
+def test_other_observations_are_rendered_and_become_the_state():
+    env = make_env(resolve(Args(env_id="PlasRenderedEnv-v0", image_size=20, frame_stack=1, action_repeat=1)))
+    observation, info = env.reset(seed=0)
+    assert observation.shape == (3, 20, 20) and info["state"].tolist() == [0.0]
+    observation, *_, info = env.step(np.zeros(1, np.float32))
+    assert (observation == 1).all() and info["state"].tolist() == [1.0]
+
+
+# --- dataset ---
+def numbered(lengths: list[int]) -> dict[str, np.ndarray]:
+    """Episodes whose row m has a picture full of m, the action m / 100, the reward m and the discount m odd."""
+    first = np.concatenate([np.arange(length + 1) == 0 for length in lengths])
+    number = np.arange(len(first))
+    return {
+        "image": np.full((len(first), 4, 5, 3), number[:, None, None, None], np.uint8),
+        "action": np.float32(number[:, None] / 100), "reward": np.float32(number),
+        "discount": np.float32(number % 2), "is_first": first,
+    }  # fmt: skip
+
+
+def test_a_transition_is_the_row_before_and_the_row_itself():
+    dataset = Dataset(numbered([3, 1, 2]), 3)
+    assert dataset.rows.tolist() == [1, 2, 3, 5, 7, 8] and dataset.starts.tolist() == [0, 4, 6]
+    batch = dataset.batch(torch.arange(6))
+    assert batch.observation.shape == (6, 9, 4, 5) and batch.observation.dtype == torch.uint8
+    seen, following = batch.observation[:, ::3, 0, 0].tolist(), batch.next_observation[:, ::3, 0, 0].tolist()
+    assert seen == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [4, 4, 4], [6, 6, 6], [6, 6, 7]]
+    assert following == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [4, 4, 5], [6, 6, 7], [6, 7, 8]]
+    assert torch.allclose(batch.action[:, 0], dataset.rows / 100.0) and batch.reward.tolist() == dataset.rows.tolist()
+    assert batch.discount.tolist() == (dataset.rows % 2).tolist()
+    assert dataset.returns.tolist() == [6.0, 5.0, 15.0]
+
+
+def test_rows_are_drawn_uniformly():
+    torch.manual_seed(0)
+    dataset = Dataset(numbered([3, 1, 2]), 1)
+    counts = torch.bincount(dataset.sample(60_000, 0).reward.long(), minlength=9)[dataset.rows]
+    assert ((counts - 10_000).abs() < 5 * 100).all()
+
+
+def test_a_random_shift_is_a_padded_crop():
+    columns = numbered([9])
+    columns["image"] = np.random.default_rng(0).integers(0, 256, columns["image"].shape, dtype=np.uint8)
+    dataset, index, shift = Dataset(columns, 2), torch.arange(8), 3
+    plain = dataset.batch(index)
+    torch.manual_seed(5)
+    shifted = dataset.batch(index, shift)
+    torch.manual_seed(5)
+    offsets = torch.randint(-shift, shift + 1, (2, 2, 8, 1))
+    pairs = (plain.observation, shifted.observation), (plain.next_observation, shifted.next_observation)
+    for i, (before, after) in enumerate(pairs):
+        padded = F.pad(before.float(), (shift,) * 4, mode="replicate")
+        for n in range(8):
+            down, right = (int(offsets[axis, i, n, 0]) + shift for axis in range(2))
+            assert torch.equal(after[n].float(), padded[n, :, down : down + 4, right : right + 5])
+    assert len({tuple(offsets[:, i, n, 0].tolist()) for i in range(2) for n in range(8)}) > 8
+
+
+def space_of(height, width):
+    return gym.spaces.Box(0, 255, (3, height, width), np.uint8)
+
+
+def test_a_folder_of_episodes_without_marks_is_read_as_one(tmp_path):
+    """V-D4RL's layout: a file an episode, `is_terminal` instead of `discount`, no `is_first`."""
+    whole = numbered([3, 2])
+    for name, rows in (("b", slice(4, 7)), ("a", slice(0, 4))):
+        part = {key: value[rows] for key, value in whole.items() if key not in ("is_first", "discount")}
+        part["reward"] = part["reward"].copy()
+        part["reward"][0] = np.nan  # nothing led to the first picture
+        np.savez(tmp_path / f"{name}.npz", **part, is_terminal=whole["discount"][rows] == 0.0)
+    read, digest = load(tmp_path, space_of(4, 5), 1, 1)
+    expected = Dataset(whole, 1).batch(torch.arange(5))
+    for ours, theirs in zip(read.batch(torch.arange(5)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert read.returns.tolist() == [6.0, 11.0] and len(digest) == 64
+
+
+def spoil(name, value):
+    def change(columns):
+        columns[name] = value(columns[name]) if callable(value) else value
+
+    return change
+
+
+def set_row(row, value):
+    def change(values):
+        values = values.copy()
+        values[row] = value
+        return values
+
+    return change
+
+
+BAD_DATA = {
+    "missing": (lambda c: c.pop("reward"), "lacks reward"),
+    "float images": (spoil("image", lambda v: v / 255.0), "uint8 expected"),
+    "flat images": (spoil("image", lambda v: v[..., 0]), "uint8 expected"),
+    "fewer rows": (spoil("reward", lambda v: v[1:]), "reward has 6 rows, image has 7"),
+    "flat actions": (spoil("action", lambda v: v[:, 0]), "action (rows, size) expected"),
+    "wide actions": (spoil("action", set_row(2, 1.5)), "1 actions are outside of [-1, 1], by up to 0.5"),
+    "nan": (spoil("reward", set_row(3, np.inf)), "1 of 5 values of reward are not finite"),
+    "no start": (spoil("is_first", set_row(0, False)), "first row"),
+    "empty episode": (spoil("is_first", set_row(6, True)), "1 episodes have a length of 0"),
+    "other size": (spoil("image", lambda v: v.repeat(2, 1)), "images (8, 5, 3)"),
+    "other actions": (spoil("action", lambda v: v.repeat(3, 1)), "3 actions in the dataset"),
+    "objects": (spoil("action", lambda v: v.astype(object)), "Python objects"),
+}
+
+
+@pytest.mark.parametrize("change, part", BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_refused_with_a_line(change, part, tmp_path):
+    columns = numbered([3, 2])
+    change(columns)
+    np.savez(tmp_path / "data.npz", **columns)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "data.npz", space_of(4, 5), 1, 1)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    np.savez(tmp_path / "data.npz", **numbered([3]))
+    content = (tmp_path / "data.npz").read_bytes()
+    (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"not an npz file|damaged"):
+        load(tmp_path / "data.npz", space_of(4, 5), 1, 1)
+
+
+# --- which loss trains what ---
+def plain_gradients(agent: PLAS, batch: Batch, noise: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Each loss's gradient in the encoder that it would train, from a pass of its own."""
+    target = agent.critic_target(batch, noise)
+    losses = {
+        "critic": (agent.critic_loss(agent.encoder(batch.observation), batch, target), agent.encoder),
+        "vae": (agent.vae_loss(agent.vae_encoder(batch.observation), batch, noise["vae"])[0], agent.vae_encoder),
+    }
+    if agent.picture_decoder is not None:
+        decoded = agent.picture_decoder(agent.encoder(batch.observation))
+        losses["reconstruction"] = F.mse_loss(decoded, batch.observation / 255.0 - 0.5), agent.encoder
+    return {name: torch.autograd.grad(loss, list(encoder.parameters())) for name, (loss, encoder) in losses.items()}
+
+
+@pytest.mark.parametrize("policy", ["latent", "argmax"])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_an_encoder_gets_the_gradient_of_its_own_losses_and_of_nothing_else(name, policy, env, columns):
+    agent, batch = make_agent(env, encoder_signal=name, policy=policy), make_batch(columns)
+    noise = agent.draw_noise(8)
+    gradients = plain_gradients(agent, batch, noise)
+    modules = {key: weights(module) for key, module in agent.modules().items()}
+    agent.update(batch, noise)
+    changed = {key: moved(modules[key], module) for key, module in agent.modules().items()}
+    for encoder in {agent.encoder, agent.vae_encoder}:
+        own = [g for loss, g in gradients.items() if loss in SIGNALS[name] and (
+            encoder is (agent.vae_encoder if loss == "vae" else agent.encoder)
+        )]  # fmt: skip
+        for parameter, *parts in zip(encoder.parameters(), *own, strict=True):
+            if own:
+                assert torch.allclose(parameter.grad, sum(parts), rtol=1e-4, atol=1e-6 * float(sum(parts).abs().max()))
+            else:
+                assert parameter.grad is None
+    assert changed["encoder"] == {bool(SIGNALS[name])}
+    assert True in changed["critic"] and True in changed["vae"] and True in changed["target_critic"]
+    assert (True in changed["policy"]) == (policy == "latent")
+    assert ("vae_encoder" in changed) == (name == "separate") and True in changed.get("vae_encoder", {True})
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_the_policys_loss_moves_the_policy_alone(name, env, columns):
+    agent, batch = make_agent(env, encoder_signal=name), make_batch(columns)
+    before = {key: weights(module) for key, module in agent.modules().items()}
+    feature = agent.encoder(batch.observation).detach()
+    agent.update_policy(feature, feature)
+    changed = {key for key, module in agent.modules().items() if True in moved(before[key], module)}
+    assert changed == {"policy"}
+
+
+def test_pretraining_leaves_critics_and_policy_and_an_encoder_that_is_not_the_vaes(env, columns):
+    for name, expected in (("both", {"vae", "encoder"}), ("critic", {"vae"}), ("separate", {"vae", "vae_encoder"})):
+        agent, batch = make_agent(env, encoder_signal=name), make_batch(columns)
+        before = {key: weights(module) for key, module in agent.modules().items()}
+        agent.update(batch, pretraining=True)
+        assert {key for key, module in agent.modules().items() if True in moved(before[key], module)} == expected
+
+
+@pytest.mark.parametrize("leaking", [False, True])
+def test_the_notes_two_optimizers_train_the_encoder_by_the_vae_unless_zero_grad_comes_first(leaking, env, columns):
+    """`critic_optimizer` holds the critic, `actorvae_optimizer` VAE and encoder, and each loss calls backward.
+
+    If the second's `zero_grad` comes after the critic's backward, the critic's gradient in the encoder is thrown away,
+    which is `vae`; if it comes before, that gradient leaks into the VAE's step, which is `both`.
+    """
+    ours = make_agent(env, encoder_signal="both" if leaking else "vae")
+    theirs, batch = make_agent(env, encoder_signal="both"), make_batch(columns)
+    theirs.load_state_dict({name: module.state_dict() for name, module in ours.modules().items()})
+    noise = ours.draw_noise(8)
+    ours.update(batch, noise)
+    critic_optimizer = torch.optim.Adam(theirs.critic.parameters(), lr=1e-3)
+    actorvae_optimizer = torch.optim.Adam([*theirs.vae.parameters(), *theirs.encoder.parameters()], lr=1e-3)
+    target, feature = theirs.critic_target(batch, noise), theirs.encoder(batch.observation)
+    critic_loss, vae_loss = theirs.critic_loss(feature, batch, target), theirs.vae_loss(feature, batch, noise["vae"])[0]
+    critic_optimizer.zero_grad()
+    if leaking:
+        actorvae_optimizer.zero_grad()
+    critic_loss.backward(retain_graph=True)
+    if not leaking:
+        actorvae_optimizer.zero_grad()
+    vae_loss.backward()
+    critic_optimizer.step()
+    actorvae_optimizer.step()
+    for name in ("encoder", "critic", "vae"):
+        for a, b in zip(getattr(ours, name).parameters(), getattr(theirs, name).parameters(), strict=True):
+            assert (a - b).abs().max() < 2e-5, name
+
+
+def test_each_update_is_one_step_of_the_same_adam(env, columns):
+    agent, batch = make_agent(env), make_batch(columns)
+    optimizers = [agent.encoder_optimizer, agent.critic_optimizer, agent.vae_optimizer, agent.policy_optimizer]
+    for count in (1, 2, 3):
+        agent.update(batch)
+        assert {int(state["step"]) for o in optimizers for state in o.state.values()} == {count}
+
+
+def test_the_target_is_the_formula(env, columns):
+    for policy in ("latent", "argmax"):
+        agent, batch = make_agent(env, policy=policy, encoder_signal="separate", candidates=3), make_batch(columns)
+        noise = agent.draw_noise(8)
+        target = agent.critic_target(batch, noise)
+        for i in range(8):
+            one = batch.next_observation[i : i + 1]
+            feature, view, best = agent.encoder(one), agent.vae_encoder(one), []
+            latents = [agent.target_policy(feature)]
+            if policy == "argmax":
+                latents = [noise["candidates"][i, j : j + 1].clamp(-0.5, 0.5) for j in range(3)]
+            for latent in latents:
+                q1, q2 = agent.target_critic(feature, agent.vae.decode(view, latent))[:, 0].tolist()
+                best.append(0.75 * min(q1, q2) + 0.25 * max(q1, q2))
+            expected = float(batch.reward[i]) + 0.9 * float(batch.discount[i]) * max(best)
+            assert abs(expected - float(target[i])) < 1e-5
+
+
+def test_bf16_changes_losses_by_rounding_only(env, columns):
+    plain, rounded = make_agent(env), make_agent(env, bf16=True)
+    batch, noise = make_batch(columns), plain.draw_noise(8)
+    a, b = plain.update(batch, noise), rounded.update(batch, noise)
+    assert all(abs(float(a[name] - b[name])) < 0.03 * (1.0 + abs(float(a[name]))) for name in a)
+    assert {value.dtype for value in rounded.encoder.state_dict().values()} == {torch.float32}
+
+
+def test_gradient_statistics_draw_from_no_training_stream_and_tell_the_norms(env, columns):
+    agent, batch = make_agent(env), make_batch(columns)
+    state = torch.get_rng_state()
+    noise = agent.draw_noise(8)
+    torch.set_rng_state(state)
+    gradients = {
+        name: torch.cat([part.flatten() for part in parts])
+        for name, parts in plain_gradients(agent, batch, noise).items()
+    }
+    result = agent.gradient_statistics(batch)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, gradient in gradients.items():
+        assert result[f"charts/encoder_gradient_{name}"] == pytest.approx(float(gradient.norm()), rel=1e-4)
+    cosine = F.cosine_similarity(gradients["critic"], gradients["vae"], 0)
+    assert result["charts/encoder_gradient_cosine"] == pytest.approx(float(cosine), abs=1e-4)
+    assert "charts/encoder_gradient_cosine" not in make_agent(env, encoder_signal="separate").gradient_statistics(batch)
+
+
+# --- evaluation ---
+def test_evaluation_compares_values_with_what_followed():
+    args = resolve(Args(env_id="PlasNumberEnv-v0", frame_stack=1, action_repeat=1, num_layers=1, gamma=0.5))
+    environments = [make_env(args) for _ in range(2)]
+    agent = PLAS(args, environments[0], CPU)
+    calls = []
+
+    def act(observation, generator):
+        calls.append(len(observation))
+        return np.full((len(observation), 1), -1.0, np.float32), observation[:, 0, 0, 0] * 2.0 + 1.0
+
+    agent.act = act
+    result = evaluate(agent, environments, 0)
+    assert calls == [2] * 5 and result["episodic_return"] == 10.0 and result["episodic_length"] == 5.0
+    truth = np.array([2 * (2 - 0.5 ** (4 - t)) for t in range(5)])  # each reward is 2, the fifth step ends it
+    error = np.arange(5) * 2.0 + 1.0 - truth
+    assert result["q_error"] == pytest.approx(np.square(error).mean())
+    assert result["q_bias"] == pytest.approx(error.mean())
+    assert result["q_correlation"] == pytest.approx(np.corrcoef(np.arange(5), truth)[0, 1])
+    assert result["q_start_error"] == pytest.approx((1 - truth[0]) ** 2)
+
+
+def test_evaluation_is_repeatable_and_touches_no_random_stream(env):
+    for policy in ("latent", "argmax"):
+        agent, environments = make_agent(env, policy=policy), [env]
+        state = torch.get_rng_state()
+        first = evaluate(agent, environments, 3)
+        assert torch.equal(state, torch.get_rng_state())
+        assert evaluate(agent, environments, 3) == first and evaluate(agent, environments, 4) != first
+
+
+def test_the_best_of_the_candidates_is_chosen(env, columns):
+    agent, batch = make_agent(env, policy="argmax", acting_candidates=7), make_batch(columns)
+    action, value = agent.act(batch.observation.numpy(), torch.Generator().manual_seed(2))
+    noise = torch.randn(8, 7, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        actions, features = agent.candidate_actions(agent.encoder(batch.observation), noise)
+        values = agent.critic.first(features, actions).view(8, 7)
+    assert np.allclose(value, values.max(1).values) and np.allclose(
+        action, actions.view(8, 7, 2)[torch.arange(8), values.argmax(1)]
+    )
+
+
+def test_the_probe_finds_what_is_linear_in_the_features(env, columns):
+    agent, rng = make_agent(env), np.random.default_rng(0)
+    pictures = Dataset(columns, 1).batch(torch.arange(400)).observation.numpy()
+    features = agent.features(pictures)
+    linear = features @ rng.normal(size=(8, 3))
+    noise = np.concatenate((linear[:, :1], np.ones((400, 1)), rng.normal(size=(400, 1))), 1)
+    assert plas_pixels.probe(agent, pictures, linear) > 0.9
+    assert 0.2 < plas_pixels.probe(agent, pictures, noise) < 0.7  # one of the two that vary
+
+
+# --- learning ---
+@pytest.mark.parametrize("policy, steps", [("latent", 1_500), pytest.param("argmax", 2_500, marks=pytest.mark.slow)])
+def test_learns_dot_hazard(policy, steps, env):
+    """Random actions return about -2, those of the data 13."""
+    torch.manual_seed(0)
+    args = resolve(Args(policy=policy, eval_episodes=20, acting_candidates=20))
+    agent, dataset = PLAS(args, env, CPU), Dataset(collect(env, "medium", 15_000, 0), 1)
+    for _ in range(steps):
+        agent.update(dataset.sample(64, 0))
+    result = evaluate(agent, [make_env(args) for _ in range(20)], 1)
+
+    assert result["episodic_return"] > 6.0
+
+
+# --- runs ---
+def run(tmp_path, **changes) -> Path:
+    return plas_pixels.main(Args(**{**SMALL, "runs_dir": str(tmp_path / "runs"), **changes}))
+
+
+def ending(folder: Path) -> tuple[str, dict]:
+    return (folder / "eval.csv").read_text(), torch.load(folder / "model.pt", weights_only=True)
+
+
+def same(a: Path, b: Path) -> bool:
+    (rows, ours), (others, theirs) = ending(a), ending(b)
+    nets = [name for name in ours if name != "arguments"]
+    return rows == others and all(torch.equal(ours[n][k], theirs[n][k]) for n in nets for k in ours[n])
+
+
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch):
+    """The probe's pictures are the longest part of so small a run."""
+    real = plas_pixels.collect
+    monkeypatch.setattr(plas_pixels, "collect", lambda env, policy, steps, *rest, **named: real(
+        env, policy, min(steps, 400), *rest, **named
+    ))  # fmt: skip
+
+
+def stop_at(monkeypatch, step: int, number: int) -> None:
+    """Let a run get a signal in its `step`-th update."""
+    real, count = PLAS.update, [0]
+
+    def update(*args, **named):
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), number)
+        return real(*args, **named)
+
+    monkeypatch.setattr(PLAS, "update", update)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"encoder_signal": "separate", "policy": "argmax"}, {"encoder_signal": "reconstruction"}]
+)
+def test_a_stopped_run_ends_as_if_never_stopped(changes, tmp_path, monkeypatch):
+    whole = run(tmp_path, run_name="whole", random_shift=2, **changes)
+    assert len((whole / "eval.csv").read_text().splitlines()) == 3
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, signal.SIGTERM)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, run_name="stopped", random_shift=2, **changes)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert same(whole, run(tmp_path, run_name="stopped", random_shift=2, resume=True, **changes))
+
+
+def test_a_killed_run_ends_as_if_never_killed(tmp_path, monkeypatch):
+    whole = run(tmp_path, run_name="whole")
+    child = os.fork()
+    if not child:  # the fork is killed in the middle of an update, after a checkpoint and an evaluation
+        stop_at(monkeypatch, 27, signal.SIGKILL)
+        run(tmp_path, run_name="killed")
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert same(whole, run(tmp_path, run_name="killed", resume=True))
+
+
+def test_a_run_goes_on_with_its_own_dataset_only(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, run_name="stopped")
+    (cached,) = (tmp_path / "data").glob("*.npz")
+    columns = dict(np.load(cached))
+    columns["reward"][5] += 1.0
+    np.savez(cached, **columns)
+    with pytest.raises(SystemExit) as refused:
+        run(tmp_path, run_name="stopped", resume=True)
+    assert refused.value.code == 2 and "not the dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_every_signal_runs_and_leaves_its_pictures(name, tmp_path):
+    folder = run(tmp_path, run_name=name, encoder_signal=name, total_timesteps=4, pretrain_steps=2)
+    assert (folder / "learning_curve.png").stat().st_size > 1_000
+    assert (folder / "reconstruction.png").exists() == (name == "reconstruction")
+    names = (folder / "eval.csv").read_text().splitlines()[0].split(",")
+    assert {"q_error", "q_bias", "q_correlation", "prior_action_error", "probe_r2", "behaviour_return"} <= set(names)
+
+
+def refused(capsys, tmp_path, **changes) -> str:
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, **changes)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"env_id": "DotHazzard-v0"}, "did you mean DotHazard-v0"),
+        ({"env_id": "PlasDiscreteEnv-v0"}, "plas_pixels needs a Box action space"),
+        ({"env_id": "PlasBlindEnv-v0"}, "neither observes nor renders"),
+        ({"num_layers": 8}, "too small for --num-layers 8"),
+        ({"dataset": "nowhere.npz"}, "there is no dataset nowhere.npz"),
+        ({"dataset": "new", "collect": "best"}, "random, scripted, medium or a model.pt expected"),
+        ({"env_id": "PlasNumberEnv-v0", "num_layers": 1, "dataset": "new", "collect": "scripted"}, "no expert_action"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"gamma": 1.5}, "--gamma 1.5: at most 1"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"resume": True}, "--resume needs the --run-name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_is_refused_with_a_line(changes, part, tmp_path, capsys):
+    if "resume" in changes:  # looked for after the dataset
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path, **changes)
+        assert error.value.code == 2 and part in capsys.readouterr().err
+    else:
+        assert part in refused(capsys, tmp_path, **changes)
+
+
+def test_an_unknown_signal_is_refused_by_the_command_line():
+    command = [sys.executable, str(SCRIPT), "--encoder-signal", "q"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "invalid choice" in result.stderr and "reconstruction" in result.stderr
+
+
+def test_everything_through_the_command_line(tmp_path):
+    """A copy of the script alone, on a third party's environment, with video and tracking."""
+    shutil.copy(SCRIPT, tmp_path / "mine.py")
+    (tmp_path / "third_party.py").write_text(
+        "import gymnasium as gym\ngym.register('Third-v0', 'gymnasium.envs.classic_control:PendulumEnv', "
+        "max_episode_steps=12)\n"
+    )
+    command = [
+        sys.executable, "mine.py", "--env", "third_party:Third-v0", "--dataset", "data/third", "--collect", "random",
+        "--collect-steps", "60", "--total-timesteps", "4", "--eval-episodes", "1", "--image-size", "32",
+        "--num-filters", "2", "--batch-size", "4", "--capture-video", "--track", "--run-name", "third",
+    ]  # fmt: skip
+    environment = {**os.environ, "WANDB_MODE": "offline", "SDL_VIDEODRIVER": "dummy"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "third"
+    assert len(list((folder / "videos").glob("*.mp4"))) == 3 and (tmp_path / "data" / "third.npz").exists()
+    assert json.loads((folder / "args.json").read_text())["arguments"]["batch_size"] == 4
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_networks_are_copied_into_targets_once(env):
+    agent = make_agent(env)
+    assert not moved(weights(agent.critic), agent.target_critic) - {False}
+    assert not any(p.requires_grad for p in [*agent.target_critic.parameters(), *agent.target_policy.parameters()])
+    assert copy.deepcopy(agent.encoder)(torch.zeros(2, 3, 28, 28, dtype=torch.uint8)).shape == (2, 8)
