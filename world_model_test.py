@@ -115,7 +115,7 @@ class Args:
     learning_rate: float = 3e-3
     """learning rate at the start; it falls linearly to 0"""
     batch_size: int = 512
-    """batch size"""
+    """transitions in a batch"""
     open_loop_steps: int = 20
     """longest roll-out without looking at the true frames"""
 

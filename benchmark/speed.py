@@ -25,11 +25,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyar_td3
+import plas_pixels
 import sac_ae_pixels
+import world_model_test
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -61,6 +66,10 @@ class Args:
     """sac_ae_pixels: batch size of the updates"""
     image_size: int = 84
     """sac_ae_pixels: image size of the updates"""
+    pixel_updates: int = 40
+    """plas_pixels: updates of one measurement"""
+    world_updates: int = 10
+    """world_model_test: updates of one measurement"""
     json: Path | None = None
     """a file to write the figures to"""
 
@@ -584,10 +593,145 @@ def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
     return {"environments": environments, "updates": updates, "operations": operations, "product_rates": rates}
 
 
+# PLAS from pixels ----------------------------------------------------------------------------------------------------
+class PlainPLAS:
+    """`plas_pixels.PLAS` without its fast path: float pictures, a pass of the encoder for each loss, plain Adam."""
+
+    def __init__(self, agent: plas_pixels.PLAS, env: gym.Env, dataset: plas_pixels.Dataset) -> None:
+        """Start from the weights of `agent`; `dataset` is held as floats."""
+        self.agent = plas_pixels.PLAS(agent.args, env, agent.device)
+        for name, module in agent.modules().items():
+            own = getattr(self.agent, name)
+            own.load_state_dict(module.state_dict())
+            own.to(memory_format=torch.contiguous_format)
+        for name in ("encoder_optimizer", "critic_optimizer", "vae_optimizer", "policy_optimizer"):
+            optimizer = getattr(self.agent, name)
+            if optimizer is not None:
+                optimizer.param_groups[0]["fused"] = False
+        self.images, self.dataset = dataset.images.float(), dataset
+
+    def batch(self, index: Tensor) -> plas_pixels.Batch:
+        """Transitions by index, two gathers of float pictures."""
+        frames, data = self.dataset.frames[index], self.dataset
+        observation, following = (self.images[part].flatten(1, 2) for part in (frames[:, :-1], frames[:, 1:]))
+        return plas_pixels.Batch(observation, data.action[index], data.reward[index], following, data.discount[index])
+
+    def update(self, batch: plas_pixels.Batch, noise: dict[str, Tensor]) -> None:
+        """The same step as `PLAS.update`, one loss after the other."""
+        agent, signals = self.agent, self.agent.signals
+        optimizers = [agent.vae_optimizer, agent.critic_optimizer, *[agent.encoder_optimizer] * bool(signals)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        target = agent.critic_target(batch, noise)
+        feature = agent.encoder(batch.observation)
+        agent.critic_loss(feature if "critic" in signals else feature.detach(), batch, target).backward()
+        feature = agent.vae_encoder(batch.observation)
+        feature = feature if "vae" in signals else feature.detach()
+        agent.vae_loss(feature, batch, noise["vae"])[0].backward()
+        if agent.picture_decoder is not None:
+            decoded = agent.picture_decoder(agent.encoder(batch.observation))
+            F.mse_loss(decoded, batch.observation / 255.0 - 0.5).backward()
+        with torch.no_grad():  # before the encoder moves, as in the fast form
+            feature, vae_feature = agent.encoder(batch.observation), agent.vae_encoder(batch.observation)
+        for optimizer in optimizers:
+            optimizer.step()
+        if agent.args.policy == "latent":
+            agent.update_policy(feature, vae_feature)
+        with torch.no_grad():
+            for target_parameter, online in zip(agent.targets, agent.online, strict=True):
+                target_parameter.lerp_(online, agent.args.tau)
+
+
+def measure_plas_pixels(args: Args) -> dict[str, Any]:
+    """Updates beside plain ones, and the share of the machine's matrix-product rate, for small and large pictures."""
+    figures: dict[str, Any] = {}
+    for name, env_id, size in (("28 x 28", "DotHazard-v0", 28), ("64 x 64", "Pendulum-v1", 64)):
+        own = plas_pixels.resolve(plas_pixels.Args(env_id=env_id, image_size=size))
+        env = plas_pixels.make_env(own)
+        dataset = plas_pixels.Dataset(plas_pixels.collect(env, "random", 600, 0), own.frame_stack)
+        fast, bf16 = (
+            plas_pixels.PLAS(plas_pixels.resolve(plas_pixels.Args(env_id=env_id, image_size=size, bf16=half)), env, CPU)
+            for half in (False, True)
+        )
+        plain, batch_size = PlainPLAS(fast, env, dataset), own.batch_size
+
+        def plain_update(plain: PlainPLAS = plain, dataset: Any = dataset, batch_size: int = batch_size) -> None:
+            index = torch.randint(len(dataset.rows), (batch_size,))
+            plain.update(plain.batch(index), plain.agent.draw_noise(batch_size))
+
+        def update(agent: plas_pixels.PLAS, dataset: Any = dataset, batch_size: int = batch_size) -> None:
+            agent.update(dataset.sample(batch_size, 0))
+
+        count = max(1, args.pixel_updates if size == 28 else args.pixel_updates // 10)
+        works = {
+            "plain": repeat(plain_update, count),
+            "fast": repeat(lambda fast=fast, update=update: update(fast), count),
+            "bf16": repeat(lambda bf16=bf16, update=update: update(bf16), count),
+        }
+        for kind, dtype in (("product", torch.float32), ("product_bf16", torch.bfloat16)):
+            left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+            works[kind] = repeat(lambda left=left, right=right: left @ right, 10)
+        seconds = medians(args.rounds, works)
+        with FlopCounterMode(display=False) as counter:
+            update(fast)
+        operations = counter.get_total_flops()
+        print(f"updates, pictures of {name}, batch {batch_size}, {operations / 1e9:.2f} GFLOP each, sampling included")
+        figures[name] = {"operations": operations}
+        for kind in ("plain", "fast", "bf16"):
+            took = seconds[kind] / count
+            rate = 10 * 2.0 * 1024**3 / seconds["product_bf16" if kind == "bf16" else "product"]
+            figures[name][kind] = {
+                "seconds": took, "ratio": seconds["plain"] / seconds[kind], "roofline_share": operations / took / rate,
+            }  # fmt: skip
+            print(
+                f"  {kind:5} {1e3 * took:7.2f} ms, {1 / took:.1f} updates/s, {figures[name][kind]['ratio']:.2f} times "
+                f"plain, {figures[name][kind]['roofline_share']:.0%} of the roofline"
+            )
+    return figures
+
+
+# World model ---------------------------------------------------------------------------------------------------------
+def measure_world_model_test(args: Args) -> dict[str, Any]:
+    """Transitions a second in training, beside the same in PyTorch's own memory format, and the roofline's share."""
+    config = world_model_test.stag_hunt.Config()
+    games = world_model_test.stag_hunt.collect(4_000, config, 35, ("NS", "NH", "random"), 1)
+    data, own = world_model_test.from_record(games, "games"), world_model_test.Args()
+    game = world_model_test.find_game(data, data, own)
+    learners = {name: world_model_test.Learner(own, game, CPU) for name in ("plain", "fast")}
+    learners["plain"].model.to(memory_format=torch.contiguous_format)
+
+    def update(learner: world_model_test.Learner) -> None:
+        learner.update(data.select(torch.randint(len(data.obs), (own.batch_size,))))
+
+    works = {
+        name: repeat(lambda learner=learner: update(learner), args.world_updates) for name, learner in learners.items()
+    }
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    works["product"] = repeat(lambda: left @ right, 10)
+    seconds = medians(args.rounds, works)
+    with FlopCounterMode(display=False) as counter:
+        update(learners["fast"])
+    operations, rate = counter.get_total_flops(), 10 * 2.0 * 1024**3 / seconds["product"]
+    print(
+        f"training of --model {own.model}, batch {own.batch_size}, {operations / 1e9:.2f} GFLOP an update, one thread"
+    )
+    figures: dict[str, Any] = {"operations": operations, "product_rate": rate}
+    for name in ("plain", "fast"):
+        took = seconds[name] / args.world_updates
+        figures[name] = {"transitions_per_second": own.batch_size / took, "roofline_share": operations / took / rate}
+        print(
+            f"  {name:5} {1e3 * took:6.1f} ms an update, {own.batch_size / took:,.0f} transitions/s, "
+            f"{operations / took / rate:.0%} of the roofline"
+        )
+    return figures
+
+
 # Each prints its figures and returns them; add a script's own here.
 MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {
     "hyar_td3": measure_hyar_td3,
     "sac_ae_pixels": measure_sac_ae_pixels,
+    "plas_pixels": measure_plas_pixels,
+    "world_model_test": measure_world_model_test,
 }
 
 

@@ -23,6 +23,7 @@ SCRIPT = ROOT / "plas_pixels.py"
 sys.path.insert(0, str(ROOT))
 
 import plas_pixels  # noqa: E402
+from benchmark import speed  # noqa: E402
 from plas_pixels import PLAS, SIGNALS, Args, Batch, Dataset, collect, evaluate, load, make_env, resolve  # noqa: E402
 
 torch.set_num_threads(1)
@@ -382,6 +383,22 @@ def test_the_notes_two_optimizers_train_the_encoder_by_the_vae_unless_zero_grad_
     for name in ("encoder", "critic", "vae"):
         for a, b in zip(getattr(ours, name).parameters(), getattr(theirs, name).parameters(), strict=True):
             assert (a - b).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_one_pass_of_the_encoder_equals_a_pass_for_each_loss(name, env, columns):
+    """The fast path against the plain one that its speed is measured by."""
+    fast, dataset = make_agent(env, encoder_signal=name), Dataset(columns, 1)
+    plain = speed.PlainPLAS(fast, env, dataset)
+    before = weights(fast.critic)
+    for step in range(3):
+        index, noise = torch.arange(8) * 7 + step, fast.draw_noise(8)
+        fast.update(dataset.batch(index), noise)
+        plain.update(plain.batch(index), noise)
+    assert moved(before, fast.critic) == {True}
+    for key, module in fast.modules().items():
+        for ours, theirs in zip(module.parameters(), getattr(plain.agent, key).parameters(), strict=True):
+            assert (ours - theirs).abs().max() < 1e-4, key
 
 
 def test_each_update_is_one_step_of_the_same_adam(env, columns):
