@@ -27,8 +27,9 @@ COLUMNS = {  # heading -> where in metrics.json, factor
     "exact %": ("mode", "exact", 100),
     "exact % where changed": ("mode", "exact_changed", 100),
     "copy %": ("copy", "exact", 100),
-    "any rule broken %": ("mode", "violation any", 100),
-    "... drawn %": ("sample", "violation any", 100),
+    "a rule broken in the frame %": ("mode", "violation any in the frame", 100),
+    "... or by a reward %": ("mode", "violation any", 100),
+    "... of frames drawn %": ("sample", "violation any", 100),
     "rewards % at events": ("mode", "reward_event", 100),
     "20 steps exact %": ("open_loop", "20", 100),
     "Hits@1 %": ("ranking", "hits_at_1", 100),
@@ -93,7 +94,7 @@ def draw(rows: Runs) -> Figure:
     figure = Figure(figsize=(12.0, 4.5), layout="constrained")
     bars, curves = figure.subplots(1, 2)
     for i, (row, runs) in enumerate(rows.items()):
-        share = 100 * values(runs, "mode", "violation any").mean()
+        share = 100 * values(runs, "mode", "violation any in the frame").mean()
         bars.barh(i, share, color=f"C{i}")
         bars.text(share, i, f" {share:.3g}", va="center", fontsize=8)
         steps = sorted({int(step) for run in runs for step in run["open_loop"]})
@@ -102,7 +103,7 @@ def draw(rows: Runs) -> Figure:
             curves.plot(steps, means, marker=".", color=f"C{i}", label=row)
     bars.set_yticks(range(len(rows)), rows, fontsize=8)
     bars.invert_yaxis()
-    bars.set(xlabel="frames that break a rule of the game, %")
+    bars.set(xlabel="frames that break a rule of the game, rewards apart, %")
     curves.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
     curves.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(-3, 103))
     curves.grid(alpha=0.3)
