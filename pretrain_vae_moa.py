@@ -383,7 +383,7 @@ class Records:
 
 
 class Sampler:
-    """Batches in a new order at each pass; each a pure function of the seed and the step, so there is nothing to save."""
+    """Batches in a new order at each pass: pure functions of the seed and the step, so there is nothing to save."""
 
     def __init__(self, records: Records, rows: np.ndarray, batch_size: int, seed: int) -> None:
         """Draw from these rows; with history, so many sequences a batch as have `batch_size` rows on average."""
@@ -629,8 +629,9 @@ def save_model(model: MOA, path: Path) -> None:
 # Evaluation ----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> dict[str, np.ndarray]:
-    """For each row: `q` (R, A) probabilities of the head, latent `mean` (R, latent), `kl`, and the decoder's `frame_nll`
-    and `frame_mse`. Without noise; what the objective does not train is left out.
+    """For each row: latent `mean` (R, latent), `kl`, the head's `q` (R, A), the decoder's `frame_nll` and `frame_mse`.
+
+    Without noise; what the objective does not train is left out.
     """
     units = torch.from_numpy(records.units(rows))
     size = size if records.context != "history" else max(1, size * len(units) // len(rows))
@@ -706,7 +707,7 @@ def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndar
     for name in ("self", "stag"):
         if name in records.meta.get("channel_names", []):
             plane = records.obs[:, records.meta["channel_names"].index(name)].flatten(1).cpu()
-            place = torch.where(plane.any(1), plane.argmax(1), cells)
+            place = torch.where((plane > 0).any(1), plane.argmax(1), cells)
             targets[f"{name}'s cell"] = (place, cells + 1, False)
     result = {"latent KL": float(seen["kl"].mean())}
     for name, (target, classes, masked) in targets.items():
@@ -758,12 +759,12 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = m
     present = counts.sum(1) > 0
     recall = np.diag(counts)[present] / counts.sum(1)[present]
     f1 = 2 * np.diag(counts)[present] / (counts.sum(0) + counts.sum(1))[present]
-    share, gap = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows), 0.0
-    gap = float(np.abs(share).sum())
+    gaps = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows)
     result = {
-        "rows": float(len(rows)), "top1": float(hit.mean()), "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
+        "rows": float(len(rows)), "top1": float(hit.mean()),
+        "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
         "expected_top1": math.nan, "balanced_accuracy": float(recall.mean()), "macro_f1": float(f1.mean()),
-        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": gap,
+        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": float(np.abs(gaps).sum()),
     }  # fmt: skip
     true = true_probabilities(records, rows)
     if true is not None:
@@ -780,7 +781,7 @@ def surprise(probabilities: np.ndarray) -> np.ndarray:
 
 def expected_nll(q: np.ndarray, true: np.ndarray) -> float:
     """The mean negative log-likelihood of q (R, A), with actions weighted by their true probabilities (R, A)."""
-    return float(np.where(true > 0, true * surprise(q), 0.0).sum(1).mean())
+    return float((true * np.where(true > 0, surprise(q), 0.0)).sum(1).mean())
 
 
 def confusion(q: np.ndarray, records: Records, rows: np.ndarray) -> np.ndarray:
@@ -798,7 +799,7 @@ def true_probabilities(records: Records, rows: np.ndarray) -> np.ndarray | None:
 
 
 def ceilings(records: Records) -> dict[str, np.ndarray]:
-    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`, and `oracle`, who is told the strategy.
+    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
 
     Nobody who sees the whole game can do better than the first, nobody at all better than the second. Empty where the
     policies are unknown.
@@ -1398,10 +1399,8 @@ def main(args: Args) -> Path:
     parts["probe"] = probe_rows(records, args.probe_rows)
     known = ceilings(records)
     best = known.get("history Bayes")
-    print(
-        f"{run.name}: {len(records.rows(0)):,} training rows in batches of about {args.batch_size}, "
-        f"{len(sampler.units) / sampler.batches / sampler.size * args.total_timesteps * sampler.size / len(sampler.units):.1f} passes"
-    )
+    passes = args.total_timesteps / sampler.batches
+    print(f"{run.name}: {len(records.rows(0)):,} training rows, {passes:.1f} passes, {sampler.size} units a batch")
     step, sums, losses = 0, {}, {}
     if run.checkpoint is not None:
         state = run.checkpoint
@@ -1431,8 +1430,8 @@ def main(args: Args) -> Path:
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             speed = run.steps_per_second(step)
             run.log(step, {
-                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size, "charts/alpha": model.alpha(step),
-                "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
+                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size,
+                "charts/alpha": model.alpha(step), "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
             })  # fmt: skip
         if evaluating:
             epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
