@@ -754,7 +754,8 @@ def play(
         rewards = games.step(np.where(alive, actions, STAY), legal)
         history.append({
             **before, "alive": alive, "legal": legal, "probabilities": probabilities,
-            "actions": actions.astype(np.int8), "previous": previous, "rewards": rewards.astype(np.float32), "next_players": games.players,
+            "actions": actions.astype(np.int8), "previous": previous,
+            "rewards": rewards.astype(np.float32), "next_players": games.players,
             "next_stags": games.stags.copy(), "next_hares": games.hares.copy(),
         })  # fmt: skip
         previous = actions.astype(np.int8)
@@ -811,9 +812,10 @@ def load_dataset(path: Path, fields: Iterable[str] | None = None) -> Dataset:
     if not path.is_file():
         raise ValueError(f"there is no dataset {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array; an .npz file with one array per field expected")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("a single array; an .npz file with one array per field expected")
+        with opened as file:
             if "meta" not in file.files:
                 raise ValueError(f"no field meta, only {', '.join(file.files)}; see envs/stag_hunt.py for the format")
             meta = json.loads(str(file["meta"]))
