@@ -601,9 +601,9 @@ class StagHunt(ParallelEnv):
                 here = [j for j, other in enumerate(self._players) if other == place]
                 angle = 2.0 * math.pi * here.index(i) / len(here)
                 off = 0.22 if len(here) > 1 else 0.0
-                x, y = x + 0.5 + off * math.cos(angle), y + 0.5 + off * math.sin(angle)
-                picture.disc((x, y), 0.23, PAPER)
-                picture.disc((x, y), 0.2, colours[i % len(colours)])
+                x, y = x + 0.54 + off * math.cos(angle), y + 0.44 + off * math.sin(angle)
+                picture.disc((x, y), 0.2, PAPER)
+                picture.disc((x, y), 0.18, colours[i % len(colours)])
                 picture.text(str(i), (x - 0.07, y), PAPER, 18)
         if not any(place < self.config.cells for place in self._players):
             picture.text("all players have gone", (0.3, size / 2), INK)

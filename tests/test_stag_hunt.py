@@ -205,7 +205,7 @@ def test_wrong_states_are_refused(change):
     "arguments", [{"size": 1}, {"n_hares": 64}, {"n_players": 0}, {"max_cycles": 0}, {"render_mode": "svg"}]
 )
 def test_impossible_games_are_refused(arguments):
-    with pytest.raises(ValueError, match="expected|no room"):
+    with pytest.raises(ValueError, match=r"expected|no room"):
         StagHunt(**arguments)
     env = StagHunt()
     env.reset(seed=0)
