@@ -125,8 +125,8 @@ class Args:
     """gradient steps of the warm-up: alpha = kl_weight (1 - exp(-step / kl_warmup))"""
     reconstruction_weight: float = 0.05
     """weight of the reconstruction's cross-entropy (sum over planes and cells, in nats)"""
-    augment: bool = False
-    """if toggled, each batch is turned or mirrored, and the others' order changed (for games that allow it)"""
+    augment: bool = True
+    """if toggled, rows are mirrored and turned at random, the others' order changed (stag hunts only)"""
     reference_steps: int = 3_000
     """gradient steps of the single-frame strategy classifier in the table of ceilings (0: leave it out)"""
     probe_rows: int = 20_000
@@ -139,6 +139,7 @@ CHOICES = {
     "context": ("1", "4", "history"),
 }
 HIDDEN = 128  # width of the hidden layers that are not convolutions
+POSITION_PLANES = 2  # row and column, beside the planes of an observation
 FIELDS = (
     "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
 )  # fmt: skip
@@ -292,7 +293,7 @@ class Sizes(NamedTuple):
 class Batch(NamedTuple):
     """R rows of any episodes, or (with history) all rows of some sequences one after another.
 
-    `frames` (R, C x context, H, W) in [0, 1], `time` (R,) in [0, 1], `mask` (R, A) legal actions, `action` (R,),
+    `frames` (R, C x context + 2, H, W) in [0, 1], the newest first, then row and column of each cell; `time` (R,) in [0, 1], `mask` (R, A) legal actions, `action` (R,),
     `previous` (R, n, A + 1) one-hot last joint action, ego first, the last place for none (history only), `slot` (R,)
     a row's place in a table of `sequences` x `length` (history only).
     """
@@ -305,6 +306,13 @@ class Batch(NamedTuple):
     slot: Tensor | None = None
     sequences: int = 0
     length: int = 0
+
+
+def with_positions(frames: Tensor, sizes: Sizes) -> Tensor:
+    """Frames (R, C, H, W) as floats in [0, 1], with two planes for row and column behind them."""
+    rows, columns = (torch.linspace(0, 1, n, device=frames.device) for n in (sizes.height, sizes.width))
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+    return torch.cat((frames.float().div_(sizes.pixel_scale), place.expand(len(frames), -1, -1, -1)), 1)
 
 
 class Records:
@@ -368,13 +376,12 @@ class Records:
         """Gather a batch of these rows or sequences (on the CPU)."""
         rows, slot, length = self.rows_of(units)
         rows = rows.to(self.obs.device)
+        frames = self.obs[rows]
         if self.context == "4":
             back = torch.arange(4, device=rows.device)
             known = (back <= self.position[rows, None])[:, :, None, None, None]  # no frames before the first
             frames = (self.obs[(rows[:, None] - back).clamp_min(0)] * known).flatten(1, 2)
-        else:
-            frames = self.obs[rows]
-        frames = frames.float().div_(self.sizes.pixel_scale)
+        frames = with_positions(frames, self.sizes)
         batch = Batch(frames, self.time[rows], self.mask[rows], self.action[rows])
         if slot is None:
             return batch
@@ -402,28 +409,56 @@ class Sampler:
         return self.order[number * self.size : (number + 1) * self.size]
 
 
-def augment(batch: Batch, sizes: Sizes, turn: int, order: Tensor) -> Batch:
-    """The same rows on a board that is mirrored or turned (`turn` 0..7), with the others in another `order` (n - 1,).
+class Symmetry:
+    """The 8 ways to mirror and turn a square board, and any order of the other players, for games like the stag hunt.
 
-    For games like the stag hunt: planes of the players come first, actions 0..3 are up, down, left, right.
+    Planes of the players come first, actions 0..3 are up, down, left, right. The position planes are turned as well, so
+    that a rule that depends on the place on the board (which of two hares as near comes first) stays true.
     """
-    frames = batch.frames.unflatten(1, (-1, sizes.channels))
-    planes = torch.cat((torch.zeros(1, dtype=torch.long), order + 1, torch.arange(sizes.players, sizes.channels)))
-    frames = frames[:, :, planes.to(frames.device)].flatten(1, 2)
-    becomes = list(range(sizes.actions))
-    if turn & 4:
-        frames, becomes[:4] = frames.transpose(2, 3), [2, 3, 0, 1]
-    for bit, axis, pair in ((1, 2, (0, 1)), (2, 3, (2, 3))):
-        if turn & bit:
-            frames = frames.flip(axis)
-            becomes[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in becomes[:4]]
-    old = torch.tensor(becomes).argsort().to(frames.device)  # which action has become this one
-    previous = batch.previous
-    if previous is not None:
-        seats = torch.cat((torch.zeros(1, dtype=torch.long), order + 1)).to(frames.device)
-        previous = previous[:, seats][:, :, torch.cat((old, torch.tensor([sizes.actions], device=old.device)))]
-    action = torch.tensor(becomes, device=frames.device)[batch.action]
-    return batch._replace(frames=frames.contiguous(), mask=batch.mask[:, old], action=action, previous=previous)
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        """Tables (8, cells) of where each cell comes from, and (8, A) of what each action becomes and has been."""
+        self.sizes = sizes
+        cells, becomes = [], []
+        for turn in range(8):
+            board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
+            action = list(range(sizes.actions))
+            if turn & 4:
+                board, action[:4] = board.T, [2, 3, 0, 1]
+            for bit, axis, pair in ((1, 0, (0, 1)), (2, 1, (2, 3))):
+                if turn & bit:
+                    board = board.flip(axis)
+                    action[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in action[:4]]
+            cells.append(board.flatten())
+            becomes.append(torch.tensor(action))
+        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
+        self.been = self.becomes.argsort(1)
+
+    def draw(self, units: int) -> tuple[Tensor, Tensor]:
+        """A random turn (U,) for each unit, and order of the players (U, n), ego first."""
+        order = torch.rand(units, self.sizes.players)
+        order[:, 0] = -1.0
+        return torch.randint(8, (units,)), order.argsort(1)
+
+    def __call__(self, batch: Batch, turn: Tensor, order: Tensor) -> Batch:
+        """The batch in another world: unit u turned by `turn` (U,), with the players in the order of `order` (U, n)."""
+        device, (rows, planes, *board) = batch.frames.device, batch.frames.shape
+        turn, order = turn.to(device), order.to(device)
+        if batch.slot is not None:
+            unit = batch.slot // batch.length
+            turn, order = turn[unit], order[unit]
+        source = torch.arange(planes, device=device).repeat(rows, 1)
+        for first in range(0, planes - POSITION_PLANES, self.sizes.channels):
+            source[:, first : first + self.sizes.players] = first + order
+        index = source[:, :, None] * (board[0] * board[1]) + self.cells[turn][:, None, :]
+        frames = batch.frames.flatten(1).gather(1, index.flatten(1)).view_as(batch.frames)
+        been, previous = self.been[turn], batch.previous
+        if previous is not None:
+            previous = previous.gather(1, order[:, :, None].expand_as(previous))
+            none = torch.full((rows, 1), self.sizes.actions, device=device)
+            previous = previous.gather(2, torch.cat((been, none), 1)[:, None, :].expand_as(previous))
+        action = self.becomes[turn].gather(1, batch.action[:, None])[:, 0]
+        return batch._replace(frames=frames, mask=batch.mask.gather(1, been), action=action, previous=previous)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -446,7 +481,7 @@ class Trunk(nn.Module):
     def __init__(self, sizes: Sizes, context: str) -> None:
         """`context` is "1", "4" or "history"."""
         super().__init__()
-        self.convolutions = convolutions(sizes.channels * (4 if context == "4" else 1))
+        self.convolutions = convolutions(sizes.channels * (4 if context == "4" else 1) + POSITION_PLANES)
         inputs = 32 * math.prod(half(sizes))
         if context == "history":
             inputs += sizes.players * (sizes.actions + 1) + 1
@@ -590,7 +625,7 @@ class MOA:
         """
         if self.args.context != "1":
             raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
-        frames = observation.float().div(self.sizes.pixel_scale)
+        frames = with_positions(observation, self.sizes)
         nothing = frames.new_zeros(len(frames))
         return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
 
@@ -1380,8 +1415,6 @@ def main(args: Args) -> Path:
         check(args)
         arrays, meta = open_dataset(args)
         records = Records(arrays, meta, args.context, device)
-        if args.augment and (records.sizes.height != records.sizes.width or not records.strategies):
-            raise ValueError("--augment is for stag hunts: it turns the board, and knows what that does to the actions")
         loaded = load_model(args.load) if args.load else None
         if loaded:
             same_shape(loaded, args, records.sizes, args.load)
@@ -1394,6 +1427,9 @@ def main(args: Args) -> Path:
     model = MOA(args, records.sizes, device)
     if loaded:
         model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
+    # Only of the stag hunt it is known what turning the board does to the actions.
+    turns = args.augment and bool(records.strategies) and records.sizes.height == records.sizes.width
+    symmetry = Symmetry(records.sizes, device) if turns else None
     sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
     parts = {"validation": records.rows(1), "test": records.rows(2, args.eval_episodes)}
     parts["probe"] = probe_rows(records, args.probe_rows)
@@ -1413,10 +1449,10 @@ def main(args: Args) -> Path:
 
     last = step == args.total_timesteps
     while not last:
-        batch = records.batch(sampler.draw(step))
-        if args.augment:
-            turn, order = int(torch.randint(8, ())), torch.randperm(records.sizes.players - 1)
-            batch = augment(batch, records.sizes, turn, order)
+        units = sampler.draw(step)
+        batch = records.batch(units)
+        if symmetry:
+            batch = symmetry(batch, *symmetry.draw(len(units)))
         losses = model.update(batch, step)
         for name, value in losses.items():  # means over an epoch, without waiting for the device
             sums[name] = sums.get(name, 0.0) + value
