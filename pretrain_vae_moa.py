@@ -1234,16 +1234,15 @@ def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: 
     frames = batch.frames[chosen, : records.sizes.channels].cpu()
     drawn = model.decoder(model.encoder(batch)[0])[chosen].sigmoid().cpu()
     names = records.meta.get("channel_names") or [f"plane {c}" for c in range(records.sizes.channels)]
-    figure = Figure(figsize=(1.3 * records.sizes.channels + 0.6, 2.6 * count + 0.4), layout="constrained")
-    figure.suptitle("Frames (upper rows) and their reconstructions (lower rows)")
-    axes = figure.subplots(2 * count, records.sizes.channels, squeeze=False)
-    for i in range(count):
-        for half_row, (label, values) in enumerate((("frame", frames[i]), ("decoded", drawn[i]))):
-            for c, axis in enumerate(axes[2 * i + half_row]):
-                axis.imshow(values[c], cmap="magma", vmin=0, vmax=1)
-                axis.set(
-                    xticks=[], yticks=[], ylabel=label if c == 0 else "", title=names[c] if i + half_row == 0 else ""
-                )
+    height, width = records.sizes.height + 1, records.sizes.width + 1
+    pairs = F.pad(torch.stack((frames, drawn), 1), (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
+    tiles = pairs.permute(0, 1, 3, 2, 4).reshape(2 * count * height, -1)
+    figure = Figure(figsize=(1.1 * len(names) + 0.8, 2.2 * count + 0.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(tiles.numpy(), cmap="magma", vmin=0, vmax=1)
+    axis.set_title("Frames, and what the decoder makes of their z")
+    axis.set_xticks((np.arange(len(names)) + 0.5) * width - 1, names)
+    axis.set_yticks((np.arange(2 * count) + 0.5) * height - 1, ["frame", "decoded"] * count)
     return figure
 
 
