@@ -753,32 +753,41 @@ def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndar
     return result
 
 
-def reference_strategy(records: Records, rows: np.ndarray, args: Args, device: torch.device) -> np.ndarray:
-    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+def strategy_of(net: nn.ModuleList, batch: Batch) -> Tensor:
+    """Log-probabilities (R, K) of the player's strategy by the reference classifier."""
+    return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
 
-    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
-    """
-    records = Records(records.arrays, records.meta, "1", device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
 
-    def log_probabilities(batch: Batch) -> Tensor:
-        return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
-
+def train_reference(net: nn.ModuleList, records: Records, args: Args, symmetry: Symmetry | None) -> None:
+    """Train the reference classifier on the true strategies of the training rows."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     sampler = Sampler(records, records.rows(0), 256, seed=0)
     for step in range(args.reference_steps):
         units = sampler.draw(step)
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
-        loss = F.nll_loss(log_probabilities(records.batch(units)), records.strategy[units])
+        batch = records.batch(units)
+        batch = symmetry(batch, *symmetry.draw(len(units))) if symmetry else batch
+        loss = F.nll_loss(strategy_of(net, batch), records.strategy[units])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def reference_strategy(records: Records, rows: np.ndarray, args: Args, symmetry: Symmetry | None) -> np.ndarray:
+    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+
+    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
+    """
+    device = records.obs.device
+    records = Records(records.arrays, records.meta, "1", device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
+        train_reference(net, records, args, symmetry)
     with torch.inference_mode():
-        parts = [log_probabilities(records.batch(part)).exp().cpu() for part in torch.from_numpy(rows).split(2_048)]
-    return torch.cat(parts).numpy()
+        batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
+        return torch.cat([strategy_of(net, batch).exp().cpu() for batch in batches]).numpy()
 
 
 def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = math.nan) -> dict[str, float]:
@@ -1313,10 +1322,11 @@ def same_shape(model: MOA, args: Args, sizes: Sizes, path: str) -> None:
 
 
 def final_table(
-    result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args, fit_rows: np.ndarray
-) -> dict[str, np.ndarray]:
+    result: Evaluation, records: Records, known: dict[str, np.ndarray], args: Args, fit_rows: np.ndarray,
+    symmetry: Symmetry | None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
-    rows, device = result.rows, model.device
+    rows, device = result.rows, records.obs.device
     predictions = baselines(records, rows)
     with torch.random.fork_rng():
         torch.manual_seed(episode_seed(args.seed, 0, stream=3))
@@ -1326,7 +1336,7 @@ def final_table(
     name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
     predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
     if known and args.reference_steps:
-        strategy = reference_strategy(records, rows, args, device)
+        strategy = reference_strategy(records, rows, args, symmetry)
         mixed = np.einsum("rk,rka->ra", strategy, records.arrays["policy_probs"][rows].astype(np.float64))
         predictions["single frame, knows the policies"] = mixed
     return predictions | {name: values[rows] for name, values in known.items()}
@@ -1334,11 +1344,11 @@ def final_table(
 
 def report(
     run: "Run", step: int, result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args,
-    fit_rows: np.ndarray,
+    fit_rows: np.ndarray, symmetry: Symmetry | None,
 ) -> None:  # fmt: skip
     """Print and write the table of the final evaluation (`table.csv`), the probes (`probes.csv`) and the pictures."""
     rows = result.rows
-    predictions = final_table(result, records, known, model, args, fit_rows)
+    predictions = final_table(result, records, known, args, fit_rows, symmetry)
     own = next(name for name, q in predictions.items() if q is result.q)
     best = predictions.get("history Bayes")
     table = [
@@ -1495,8 +1505,8 @@ def main(args: Args) -> Path:
         run.log_evaluation(step, metrics)
         save_model(model, run.folder / "best_model.pt")
     chosen = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
-    test = records.rows(2)
-    report(run, step, evaluate(chosen, records, test, parts["probe"]), records, known, chosen, args, parts["probe"])
+    result = evaluate(chosen, records, records.rows(2), parts["probe"])
+    report(run, step, result, records, known, chosen, args, parts["probe"], symmetry)
     run.save_checkpoint(step, {"model": model.state_dict(), "dataset": fingerprint(meta, arrays)}, finished=True)
     run.close()
     print(f"see {run.folder}")
