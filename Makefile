@@ -26,3 +26,4 @@ lint: .venv/installed
 
 speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
 	.venv/bin/python benchmark/speed.py hyar_td3
+	.venv/bin/python benchmark/speed.py pretrain_vae_moa
