@@ -275,6 +275,7 @@ def open_dataset(args: Args) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         stag_hunt.save_dataset(path, stag_hunt.Dataset(arrays, meta))
         seconds = time.monotonic() - started
         print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected in {seconds:.1f} s, kept in {path}")
+        return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
     return arrays, meta
 
 
