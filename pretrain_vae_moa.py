@@ -1202,8 +1202,8 @@ def draw_recall_and_calibration(q: dict[str, np.ndarray], records: Records, rows
     axes[0, 0].set_xticklabels(records.action_names, rotation=60, ha="right")
     axes[0, 1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
     axes[0, 1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
+    axes[0, 1].legend(fontsize=8)
     for axis in axes[0]:
-        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return figure
 
