@@ -37,6 +37,7 @@ from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
 import gymnasium as gym
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -142,6 +143,7 @@ HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
 FIELDS = (
     "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
+    "episode_seed",
 )  # fmt: skip
 
 
@@ -938,6 +940,39 @@ def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records, 
     write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
 
 
+def record_videos(result: Evaluation, records: Records, folder: Path, step: int, games: int = 3) -> list[Path]:
+    """Write mp4 videos of the first held-out games, with what is predicted for each player, and return their paths."""
+    from moviepy import ImageSequenceClip  # slow to import, and only needed here
+
+    arrays, kwargs = records.arrays, records.meta["env_kwargs"]
+    env, paths = stag_hunt.StagHunt(**kwargs, render_mode="rgb_array"), []
+    (folder / "videos").mkdir(exist_ok=True)
+    for episode in np.unique(arrays["episode"][result.rows])[:games]:
+        env.reset(seed=int(arrays["episode_seed"][episode]))
+        frames = []
+        for t in range(int(arrays["t"][arrays["episode"] == episode].max()) + 1):
+            now = np.flatnonzero((arrays["episode"][result.rows] == episode) & (arrays["t"][result.rows] == t))
+            lines, actions = [], {}
+            for place in now:
+                row, q = result.rows[place], result.q[place]
+                player, did = int(arrays["agent"][row]), int(arrays["action"][row])
+                actions[f"player_{player}"] = did
+                likely = [f"{records.action_names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005]
+                strategy = records.strategies[arrays["strategy"][row]]
+                lines.append(f"{player} ({strategy}) does {records.action_names[did]}; predicted: {', '.join(likely)}")
+            if set(actions) != set(env.agents):
+                break  # the record's last game is cut
+            board = PIL.Image.fromarray(env.render())
+            frame = PIL.Image.new("RGB", (board.width, board.height + 16 * (records.sizes.players + 1)), "white")
+            frame.paste(board)
+            PIL.ImageDraw.Draw(frame).multiline_text((10, board.height + 6), "\n".join(lines), "black", spacing=3)
+            frames.append(np.asarray(frame))
+            env.step(actions)
+        paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
+        ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
+    return paths
+
+
 # --- run folder, logging, checkpoints: the same text in every script ---
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
@@ -1302,8 +1337,6 @@ def check(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number expected")
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
-    if args.capture_video:
-        raise ValueError("--capture-video: nothing moves here; the pictures are written without it")
     return args
 
 
@@ -1388,6 +1421,8 @@ def report(
         figures["reconstructions"] = draw_reconstructions(model, records, rows)
     for name, figure in figures.items():
         run.log_figure(step, name, figure)
+    if args.capture_video:
+        run.log_videos(step, record_videos(result, records, run.folder, step))
 
 
 def evaluate_epoch(
@@ -1426,6 +1461,8 @@ def main(args: Args) -> Path:
         check(args)
         arrays, meta = open_dataset(args)
         records = Records(arrays, meta, args.context, device)
+        if args.capture_video and not (stag_hunt and records.strategies):
+            raise ValueError(f"--capture-video draws games of the stag hunt; {args.env_id} is another one")
         loaded = load_model(args.load) if args.load else None
         if loaded:
             same_shape(loaded, args, records.sizes, args.load)

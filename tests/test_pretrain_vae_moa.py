@@ -863,7 +863,7 @@ def refused(capsys, tmp_path, args: Args, *parts: str, status=2) -> str:
         ({"rows": 0}, ["--rows 0"]),
         ({"rows": 3}, ["split has no rows"]),
         ({"total_timesteps": 0}, ["--load"]),
-        ({"capture_video": True}, ["--capture-video"]),
+        ({"capture_video": True, "env_id": f"{__name__}:TheirEnv", "rows": 60}, ["--capture-video"]),
         ({"resume": True, "run_name": None}, ["--run-name"]),
         ({"env_id": "4p5b8x"}, ["did you mean 4p5b8x8"]),
         ({"env_id": "no_such_module:thing"}, ["no_such_module"]),
@@ -1095,7 +1095,7 @@ def command(*flags: str, script=SCRIPT, cwd=ROOT) -> subprocess.CompletedProcess
 
 
 def test_everything_that_a_run_leaves_behind(tmp_path):
-    result = command("--run-name", "full", "--track", *SMALL, cwd=tmp_path)
+    result = command("--run-name", "full", "--track", "--capture-video", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["4p5b4x4__18__1200__1.npz"]
@@ -1126,8 +1126,10 @@ def test_everything_that_a_run_leaves_behind(tmp_path):
         assert min(pixels.shape[:2]) > 150
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
     assert {f"images/{name}" for name in pictures} <= set(events.Tags()["images"])
+    videos = list((folder / "videos").glob("*.mp4"))
+    assert len(videos) == 3 and all(b"ftyp" in path.read_bytes()[:16] for path in videos)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-    again = command("--run-name", "full", "--track", "--resume", *SMALL, cwd=tmp_path)
+    again = command("--run-name", "full", "--track", "--capture-video", "--resume", *SMALL, cwd=tmp_path)
     assert again.returncode == 0 and "finished" in again.stdout
 
 
