@@ -1026,7 +1026,7 @@ def test_trains_on_others_environments(name, tiny, tmp_path, no_pictures):
     assert len(rows) == 2 and float(rows[-1]["top1"]) > 0 and math.isnan(float(rows[-1]["expected_top1"]))
     names = {row["name"] for row in read_table(folder / "table.csv")}
     assert "oracle" not in names and "prior + mask" in names and len(names) == 4
-    data = stag_hunt.load_dataset(next(Path(args.data_dir).glob(f"*{name}__*.npz")))
+    data = stag_hunt.load_dataset(next(Path(args.data_dir).glob(f"*{name}__18__260__1.npz")))
     arrays = data.arrays
     assert len(arrays["action"]) == 260 and arrays["obs"].dtype == np.uint8
     assert arrays["obs"].shape[1:] == ((2, 6, 6) if "dict" in name else (3, 5, 5))
