@@ -31,5 +31,4 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
-	.venv/bin/python benchmark/speed.py hyar_td3
-	.venv/bin/python benchmark/speed.py sac_ae_pixels
+	for script in hyar_td3 sac_ae_pixels plas_pixels pretrain_vae_moa world_model_test; do .venv/bin/python benchmark/speed.py $$script || exit 1; done

@@ -37,6 +37,7 @@ from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
 import gymnasium as gym
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -125,8 +126,8 @@ class Args:
     """gradient steps of the warm-up: alpha = kl_weight (1 - exp(-step / kl_warmup))"""
     reconstruction_weight: float = 0.05
     """weight of the reconstruction's cross-entropy (sum over planes and cells, in nats)"""
-    augment: bool = False
-    """if toggled, each batch is turned or mirrored, and the others' order changed (for games that allow it)"""
+    augment: bool = True
+    """if toggled, rows are mirrored and turned at random, the others' order changed (stag hunts only)"""
     reference_steps: int = 3_000
     """gradient steps of the single-frame strategy classifier in the table of ceilings (0: leave it out)"""
     probe_rows: int = 20_000
@@ -139,8 +140,10 @@ CHOICES = {
     "context": ("1", "4", "history"),
 }
 HIDDEN = 128  # width of the hidden layers that are not convolutions
+POSITION_PLANES = 2  # row and column, beside the planes of an observation
 FIELDS = (
     "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
+    "episode_seed",
 )  # fmt: skip
 
 
@@ -274,6 +277,7 @@ def open_dataset(args: Args) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         stag_hunt.save_dataset(path, stag_hunt.Dataset(arrays, meta))
         seconds = time.monotonic() - started
         print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected in {seconds:.1f} s, kept in {path}")
+        return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
     return arrays, meta
 
 
@@ -292,9 +296,10 @@ class Sizes(NamedTuple):
 class Batch(NamedTuple):
     """R rows of any episodes, or (with history) all rows of some sequences one after another.
 
-    `frames` (R, C x context, H, W) in [0, 1], `time` (R,) in [0, 1], `mask` (R, A) legal actions, `action` (R,),
-    `previous` (R, n, A + 1) one-hot last joint action, ego first, the last place for none (history only), `slot` (R,)
-    a row's place in a table of `sequences` x `length` (history only).
+    `frames` (R, C x context + 2, H, W) in [0, 1], the newest first, then row and column of each cell; `time` (R,) in
+    [0, 1], `mask` (R, A) legal actions, `action` (R,). With history also `previous` (R, n, A + 1), the last joint
+    action one-hot, ego first, its last place for none; and `slot` (R,), a row's place in a table of `sequences` x
+    `length`.
     """
 
     frames: Tensor
@@ -305,6 +310,13 @@ class Batch(NamedTuple):
     slot: Tensor | None = None
     sequences: int = 0
     length: int = 0
+
+
+def with_positions(frames: Tensor, sizes: Sizes) -> Tensor:
+    """Frames (R, C, H, W) as floats in [0, 1], with two planes for row and column behind them."""
+    rows, columns = (torch.linspace(0, 1, n, device=frames.device) for n in (sizes.height, sizes.width))
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+    return torch.cat((frames.float().div_(sizes.pixel_scale), place.expand(len(frames), -1, -1, -1)), 1)
 
 
 class Records:
@@ -368,13 +380,12 @@ class Records:
         """Gather a batch of these rows or sequences (on the CPU)."""
         rows, slot, length = self.rows_of(units)
         rows = rows.to(self.obs.device)
+        frames = self.obs[rows]
         if self.context == "4":
             back = torch.arange(4, device=rows.device)
             known = (back <= self.position[rows, None])[:, :, None, None, None]  # no frames before the first
             frames = (self.obs[(rows[:, None] - back).clamp_min(0)] * known).flatten(1, 2)
-        else:
-            frames = self.obs[rows]
-        frames = frames.float().div_(self.sizes.pixel_scale)
+        frames = with_positions(frames, self.sizes)
         batch = Batch(frames, self.time[rows], self.mask[rows], self.action[rows])
         if slot is None:
             return batch
@@ -383,7 +394,7 @@ class Records:
 
 
 class Sampler:
-    """Batches in a new order at each pass; each a pure function of the seed and the step, so there is nothing to save."""
+    """Batches in a new order at each pass: pure functions of the seed and the step, so there is nothing to save."""
 
     def __init__(self, records: Records, rows: np.ndarray, batch_size: int, seed: int) -> None:
         """Draw from these rows; with history, so many sequences a batch as have `batch_size` rows on average."""
@@ -402,28 +413,56 @@ class Sampler:
         return self.order[number * self.size : (number + 1) * self.size]
 
 
-def augment(batch: Batch, sizes: Sizes, turn: int, order: Tensor) -> Batch:
-    """The same rows on a board that is mirrored or turned (`turn` 0..7), with the others in another `order` (n - 1,).
+class Symmetry:
+    """The 8 ways to mirror and turn a square board, and any order of the other players, for games like the stag hunt.
 
-    For games like the stag hunt: planes of the players come first, actions 0..3 are up, down, left, right.
+    Planes of the players come first, actions 0..3 are up, down, left, right. The position planes are turned as well, so
+    that a rule that depends on the place on the board (which of two hares as near comes first) stays true.
     """
-    frames = batch.frames.unflatten(1, (-1, sizes.channels))
-    planes = torch.cat((torch.zeros(1, dtype=torch.long), order + 1, torch.arange(sizes.players, sizes.channels)))
-    frames = frames[:, :, planes.to(frames.device)].flatten(1, 2)
-    becomes = list(range(sizes.actions))
-    if turn & 4:
-        frames, becomes[:4] = frames.transpose(2, 3), [2, 3, 0, 1]
-    for bit, axis, pair in ((1, 2, (0, 1)), (2, 3, (2, 3))):
-        if turn & bit:
-            frames = frames.flip(axis)
-            becomes[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in becomes[:4]]
-    old = torch.tensor(becomes).argsort().to(frames.device)  # which action has become this one
-    previous = batch.previous
-    if previous is not None:
-        seats = torch.cat((torch.zeros(1, dtype=torch.long), order + 1)).to(frames.device)
-        previous = previous[:, seats][:, :, torch.cat((old, torch.tensor([sizes.actions], device=old.device)))]
-    action = torch.tensor(becomes, device=frames.device)[batch.action]
-    return batch._replace(frames=frames.contiguous(), mask=batch.mask[:, old], action=action, previous=previous)
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        """Tables (8, cells) of where each cell comes from, and (8, A) of what each action becomes and has been."""
+        self.sizes = sizes
+        cells, becomes = [], []
+        for turn in range(8):
+            board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
+            action = list(range(sizes.actions))
+            if turn & 4:
+                board, action[:4] = board.T, [2, 3, 0, 1]
+            for bit, axis, pair in ((1, 0, (0, 1)), (2, 1, (2, 3))):
+                if turn & bit:
+                    board = board.flip(axis)
+                    action[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in action[:4]]
+            cells.append(board.flatten())
+            becomes.append(torch.tensor(action))
+        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
+        self.been = self.becomes.argsort(1)
+
+    def draw(self, units: int) -> tuple[Tensor, Tensor]:
+        """A random turn (U,) for each unit, and order of the players (U, n), ego first."""
+        order = torch.rand(units, self.sizes.players)
+        order[:, 0] = -1.0
+        return torch.randint(8, (units,)), order.argsort(1)
+
+    def __call__(self, batch: Batch, turn: Tensor, order: Tensor) -> Batch:
+        """The batch in another world: unit u turned by `turn` (U,), with the players in the order of `order` (U, n)."""
+        device, (rows, planes, *board) = batch.frames.device, batch.frames.shape
+        turn, order = turn.to(device), order.to(device)
+        if batch.slot is not None:
+            unit = batch.slot // batch.length
+            turn, order = turn[unit], order[unit]
+        source = torch.arange(planes, device=device).repeat(rows, 1)
+        for first in range(0, planes - POSITION_PLANES, self.sizes.channels):
+            source[:, first : first + self.sizes.players] = first + order
+        index = source[:, :, None] * (board[0] * board[1]) + self.cells[turn][:, None, :]
+        frames = batch.frames.flatten(1).gather(1, index.flatten(1)).view_as(batch.frames)
+        been, previous = self.been[turn], batch.previous
+        if previous is not None:
+            previous = previous.gather(1, order[:, :, None].expand_as(previous))
+            none = torch.full((rows, 1), self.sizes.actions, device=device)
+            previous = previous.gather(2, torch.cat((been, none), 1)[:, None, :].expand_as(previous))
+        action = self.becomes[turn].gather(1, batch.action[:, None])[:, 0]
+        return batch._replace(frames=frames, mask=batch.mask.gather(1, been), action=action, previous=previous)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -446,7 +485,7 @@ class Trunk(nn.Module):
     def __init__(self, sizes: Sizes, context: str) -> None:
         """`context` is "1", "4" or "history"."""
         super().__init__()
-        self.convolutions = convolutions(sizes.channels * (4 if context == "4" else 1))
+        self.convolutions = convolutions(sizes.channels * (4 if context == "4" else 1) + POSITION_PLANES)
         inputs = 32 * math.prod(half(sizes))
         if context == "history":
             inputs += sizes.players * (sizes.actions + 1) + 1
@@ -590,7 +629,7 @@ class MOA:
         """
         if self.args.context != "1":
             raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
-        frames = observation.float().div(self.sizes.pixel_scale)
+        frames = with_positions(observation, self.sizes)
         nothing = frames.new_zeros(len(frames))
         return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
 
@@ -629,8 +668,9 @@ def save_model(model: MOA, path: Path) -> None:
 # Evaluation ----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> dict[str, np.ndarray]:
-    """For each row: `q` (R, A) probabilities of the head, latent `mean` (R, latent), `kl`, and the decoder's `frame_nll`
-    and `frame_mse`. Without noise; what the objective does not train is left out.
+    """For each row: latent `mean` (R, latent), `kl`, the head's `q` (R, A), the decoder's `frame_nll` and `frame_mse`.
+
+    Without noise; what the objective does not train is left out.
     """
     units = torch.from_numpy(records.units(rows))
     size = size if records.context != "history" else max(1, size * len(units) // len(rows))
@@ -706,7 +746,7 @@ def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndar
     for name in ("self", "stag"):
         if name in records.meta.get("channel_names", []):
             plane = records.obs[:, records.meta["channel_names"].index(name)].flatten(1).cpu()
-            place = torch.where(plane.any(1), plane.argmax(1), cells)
+            place = torch.where((plane > 0).any(1), plane.argmax(1), cells)
             targets[f"{name}'s cell"] = (place, cells + 1, False)
     result = {"latent KL": float(seen["kl"].mean())}
     for name, (target, classes, masked) in targets.items():
@@ -716,32 +756,41 @@ def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndar
     return result
 
 
-def reference_strategy(records: Records, rows: np.ndarray, args: Args, device: torch.device) -> np.ndarray:
-    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+def strategy_of(net: nn.ModuleList, batch: Batch) -> Tensor:
+    """Log-probabilities (R, K) of the player's strategy by the reference classifier."""
+    return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
 
-    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
-    """
-    records = Records(records.arrays, records.meta, "1", device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
 
-    def log_probabilities(batch: Batch) -> Tensor:
-        return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
-
+def train_reference(net: nn.ModuleList, records: Records, args: Args, symmetry: Symmetry | None) -> None:
+    """Train the reference classifier on the true strategies of the training rows."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     sampler = Sampler(records, records.rows(0), 256, seed=0)
     for step in range(args.reference_steps):
         units = sampler.draw(step)
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
-        loss = F.nll_loss(log_probabilities(records.batch(units)), records.strategy[units])
+        batch = records.batch(units)
+        batch = symmetry(batch, *symmetry.draw(len(units))) if symmetry else batch
+        loss = F.nll_loss(strategy_of(net, batch), records.strategy[units])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def reference_strategy(records: Records, rows: np.ndarray, args: Args, symmetry: Symmetry | None) -> np.ndarray:
+    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+
+    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
+    """
+    device = records.obs.device
+    records = Records(records.arrays, records.meta, "1", device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
+        train_reference(net, records, args, symmetry)
     with torch.inference_mode():
-        parts = [log_probabilities(records.batch(part)).exp().cpu() for part in torch.from_numpy(rows).split(2_048)]
-    return torch.cat(parts).numpy()
+        batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
+        return torch.cat([strategy_of(net, batch).exp().cpu() for batch in batches]).numpy()
 
 
 def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = math.nan) -> dict[str, float]:
@@ -758,12 +807,12 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = m
     present = counts.sum(1) > 0
     recall = np.diag(counts)[present] / counts.sum(1)[present]
     f1 = 2 * np.diag(counts)[present] / (counts.sum(0) + counts.sum(1))[present]
-    share, gap = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows), 0.0
-    gap = float(np.abs(share).sum())
+    gaps = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows)
     result = {
-        "rows": float(len(rows)), "top1": float(hit.mean()), "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
+        "rows": float(len(rows)), "top1": float(hit.mean()),
+        "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
         "expected_top1": math.nan, "balanced_accuracy": float(recall.mean()), "macro_f1": float(f1.mean()),
-        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": gap,
+        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": float(np.abs(gaps).sum()),
     }  # fmt: skip
     true = true_probabilities(records, rows)
     if true is not None:
@@ -780,7 +829,7 @@ def surprise(probabilities: np.ndarray) -> np.ndarray:
 
 def expected_nll(q: np.ndarray, true: np.ndarray) -> float:
     """The mean negative log-likelihood of q (R, A), with actions weighted by their true probabilities (R, A)."""
-    return float(np.where(true > 0, true * surprise(q), 0.0).sum(1).mean())
+    return float((true * np.where(true > 0, surprise(q), 0.0)).sum(1).mean())
 
 
 def confusion(q: np.ndarray, records: Records, rows: np.ndarray) -> np.ndarray:
@@ -798,7 +847,7 @@ def true_probabilities(records: Records, rows: np.ndarray) -> np.ndarray | None:
 
 
 def ceilings(records: Records) -> dict[str, np.ndarray]:
-    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`, and `oracle`, who is told the strategy.
+    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
 
     Nobody who sees the whole game can do better than the first, nobody at all better than the second. Empty where the
     policies are unknown.
@@ -889,6 +938,39 @@ def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records, 
         **result.values,
     }  # fmt: skip
     write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
+
+
+def record_videos(result: Evaluation, records: Records, folder: Path, step: int, games: int = 3) -> list[Path]:
+    """Write mp4 videos of the first held-out games, with what is predicted for each player, and return their paths."""
+    from moviepy import ImageSequenceClip  # slow to import, and only needed here
+
+    arrays, kwargs = records.arrays, records.meta["env_kwargs"]
+    env, paths = stag_hunt.StagHunt(**kwargs, render_mode="rgb_array"), []
+    (folder / "videos").mkdir(exist_ok=True)
+    for episode in np.unique(arrays["episode"][result.rows])[:games]:
+        env.reset(seed=int(arrays["episode_seed"][episode]))
+        frames = []
+        for t in range(int(arrays["t"][arrays["episode"] == episode].max()) + 1):
+            now = np.flatnonzero((arrays["episode"][result.rows] == episode) & (arrays["t"][result.rows] == t))
+            lines, actions = [], {}
+            for place in now:
+                row, q = result.rows[place], result.q[place]
+                player, did = int(arrays["agent"][row]), int(arrays["action"][row])
+                actions[f"player_{player}"] = did
+                likely = [f"{records.action_names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005]
+                strategy = records.strategies[arrays["strategy"][row]]
+                lines.append(f"{player} ({strategy}) does {records.action_names[did]}; predicted: {', '.join(likely)}")
+            if set(actions) != set(env.agents):
+                break  # the record's last game is cut
+            board = PIL.Image.fromarray(env.render())
+            frame = PIL.Image.new("RGB", (board.width, board.height + 16 * (records.sizes.players + 1)), "white")
+            frame.paste(board)
+            PIL.ImageDraw.Draw(frame).multiline_text((10, board.height + 6), "\n".join(lines), "black", spacing=3)
+            frames.append(np.asarray(frame))
+            env.step(actions)
+        paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
+        ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
+    return paths
 
 
 # --- run folder, logging, checkpoints: the same text in every script ---
@@ -1155,8 +1237,8 @@ def draw_recall_and_calibration(q: dict[str, np.ndarray], records: Records, rows
     axes[0, 0].set_xticklabels(records.action_names, rotation=60, ha="right")
     axes[0, 1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
     axes[0, 1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
+    axes[0, 1].legend(fontsize=8)
     for axis in axes[0]:
-        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return figure
 
@@ -1197,16 +1279,15 @@ def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: 
     frames = batch.frames[chosen, : records.sizes.channels].cpu()
     drawn = model.decoder(model.encoder(batch)[0])[chosen].sigmoid().cpu()
     names = records.meta.get("channel_names") or [f"plane {c}" for c in range(records.sizes.channels)]
-    figure = Figure(figsize=(1.3 * records.sizes.channels + 0.6, 2.6 * count + 0.4), layout="constrained")
-    figure.suptitle("Frames (upper rows) and their reconstructions (lower rows)")
-    axes = figure.subplots(2 * count, records.sizes.channels, squeeze=False)
-    for i in range(count):
-        for half_row, (label, values) in enumerate((("frame", frames[i]), ("decoded", drawn[i]))):
-            for c, axis in enumerate(axes[2 * i + half_row]):
-                axis.imshow(values[c], cmap="magma", vmin=0, vmax=1)
-                axis.set(
-                    xticks=[], yticks=[], ylabel=label if c == 0 else "", title=names[c] if i + half_row == 0 else ""
-                )
+    height, width = records.sizes.height + 1, records.sizes.width + 1
+    pairs = F.pad(torch.stack((frames, drawn), 1), (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
+    tiles = pairs.permute(0, 1, 3, 2, 4).reshape(2 * count * height, -1)
+    figure = Figure(figsize=(1.1 * len(names) + 0.8, 2.2 * count + 0.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(tiles.numpy(), cmap="magma", vmin=0, vmax=1)
+    axis.set_title("Frames, and what the decoder makes of their z")
+    axis.set_xticks((np.arange(len(names)) + 0.5) * width - 1, names)
+    axis.set_yticks((np.arange(2 * count) + 0.5) * height - 1, ["frame", "decoded"] * count)
     return figure
 
 
@@ -1256,8 +1337,6 @@ def check(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number expected")
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
-    if args.capture_video:
-        raise ValueError("--capture-video: nothing moves here; the pictures are written without it")
     return args
 
 
@@ -1277,10 +1356,11 @@ def same_shape(model: MOA, args: Args, sizes: Sizes, path: str) -> None:
 
 
 def final_table(
-    result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args, fit_rows: np.ndarray
-) -> dict[str, np.ndarray]:
+    result: Evaluation, records: Records, known: dict[str, np.ndarray], args: Args, fit_rows: np.ndarray,
+    symmetry: Symmetry | None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
-    rows, device = result.rows, model.device
+    rows, device = result.rows, records.obs.device
     predictions = baselines(records, rows)
     with torch.random.fork_rng():
         torch.manual_seed(episode_seed(args.seed, 0, stream=3))
@@ -1290,7 +1370,7 @@ def final_table(
     name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
     predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
     if known and args.reference_steps:
-        strategy = reference_strategy(records, rows, args, device)
+        strategy = reference_strategy(records, rows, args, symmetry)
         mixed = np.einsum("rk,rka->ra", strategy, records.arrays["policy_probs"][rows].astype(np.float64))
         predictions["single frame, knows the policies"] = mixed
     return predictions | {name: values[rows] for name, values in known.items()}
@@ -1298,11 +1378,11 @@ def final_table(
 
 def report(
     run: "Run", step: int, result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args,
-    fit_rows: np.ndarray,
+    fit_rows: np.ndarray, symmetry: Symmetry | None,
 ) -> None:  # fmt: skip
     """Print and write the table of the final evaluation (`table.csv`), the probes (`probes.csv`) and the pictures."""
     rows = result.rows
-    predictions = final_table(result, records, known, model, args, fit_rows)
+    predictions = final_table(result, records, known, args, fit_rows, symmetry)
     own = next(name for name, q in predictions.items() if q is result.q)
     best = predictions.get("history Bayes")
     table = [
@@ -1328,7 +1408,7 @@ def report(
         if name in predictions:
             gain, error = difference(result.q, predictions[name], records, rows)
             print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
-            if gain > 2.0 * error + 1e-9 and (name == "oracle" or args.context != "history" or gain > 0.01):
+            if gain > 2.0 * error + 1e-9:
                 print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
     print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
     shown = {"model": result.q, **{name: predictions[name] for name in ("history Bayes", "oracle") if known}}
@@ -1341,6 +1421,8 @@ def report(
         figures["reconstructions"] = draw_reconstructions(model, records, rows)
     for name, figure in figures.items():
         run.log_figure(step, name, figure)
+    if args.capture_video:
+        run.log_videos(step, record_videos(result, records, run.folder, step))
 
 
 def evaluate_epoch(
@@ -1379,8 +1461,8 @@ def main(args: Args) -> Path:
         check(args)
         arrays, meta = open_dataset(args)
         records = Records(arrays, meta, args.context, device)
-        if args.augment and (records.sizes.height != records.sizes.width or not records.strategies):
-            raise ValueError("--augment is for stag hunts: it turns the board, and knows what that does to the actions")
+        if args.capture_video and not (stag_hunt and records.strategies):
+            raise ValueError(f"--capture-video draws games of the stag hunt; {args.env_id} is another one")
         loaded = load_model(args.load) if args.load else None
         if loaded:
             same_shape(loaded, args, records.sizes, args.load)
@@ -1389,19 +1471,21 @@ def main(args: Args) -> Path:
     run = Run(args)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     model = MOA(args, records.sizes, device)
     if loaded:
         model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
+    # Only of the stag hunt it is known what turning the board does to the actions.
+    turns = args.augment and bool(records.strategies) and records.sizes.height == records.sizes.width
+    symmetry = Symmetry(records.sizes, device) if turns else None
     sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
     parts = {"validation": records.rows(1), "test": records.rows(2, args.eval_episodes)}
     parts["probe"] = probe_rows(records, args.probe_rows)
     known = ceilings(records)
     best = known.get("history Bayes")
-    print(
-        f"{run.name}: {len(records.rows(0)):,} training rows in batches of about {args.batch_size}, "
-        f"{len(sampler.units) / sampler.batches / sampler.size * args.total_timesteps * sampler.size / len(sampler.units):.1f} passes"
-    )
+    passes = args.total_timesteps / sampler.batches
+    print(f"{run.name}: {len(records.rows(0)):,} training rows, {passes:.1f} passes, {sampler.size} units a batch")
     step, sums, losses = 0, {}, {}
     if run.checkpoint is not None:
         state = run.checkpoint
@@ -1414,10 +1498,10 @@ def main(args: Args) -> Path:
 
     last = step == args.total_timesteps
     while not last:
-        batch = records.batch(sampler.draw(step))
-        if args.augment:
-            turn, order = int(torch.randint(8, ())), torch.randperm(records.sizes.players - 1)
-            batch = augment(batch, records.sizes, turn, order)
+        units = sampler.draw(step)
+        batch = records.batch(units)
+        if symmetry:
+            batch = symmetry(batch, *symmetry.draw(len(units)))
         losses = model.update(batch, step)
         for name, value in losses.items():  # means over an epoch, without waiting for the device
             sums[name] = sums.get(name, 0.0) + value
@@ -1431,8 +1515,8 @@ def main(args: Args) -> Path:
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             speed = run.steps_per_second(step)
             run.log(step, {
-                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size, "charts/alpha": model.alpha(step),
-                "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
+                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size,
+                "charts/alpha": model.alpha(step), "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
             })  # fmt: skip
         if evaluating:
             epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
@@ -1459,8 +1543,8 @@ def main(args: Args) -> Path:
         run.log_evaluation(step, metrics)
         save_model(model, run.folder / "best_model.pt")
     chosen = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
-    test = records.rows(2)
-    report(run, step, evaluate(chosen, records, test, parts["probe"]), records, known, chosen, args, parts["probe"])
+    result = evaluate(chosen, records, records.rows(2), parts["probe"])
+    report(run, step, result, records, known, chosen, args, parts["probe"], symmetry)
     run.save_checkpoint(step, {"model": model.state_dict(), "dataset": fingerprint(meta, arrays)}, finished=True)
     run.close()
     print(f"see {run.folder}")

@@ -25,14 +25,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyar_td3
 import plas_pixels
+import pretrain_vae_moa
 import sac_ae_pixels
 import world_model_test
+from envs import stag_hunt
 
 CPU = torch.device("cpu")
 
@@ -726,10 +729,129 @@ def measure_world_model_test(args: Args) -> dict[str, Any]:
     return figures
 
 
+# Pre-trained VAE -----------------------------------------------------------------------------------------------------
+class PlainRows(Dataset):
+    """The rows as most training scripts read them: one at a time, from arrays, put together by a DataLoader."""
+
+    def __init__(self, records: pretrain_vae_moa.Records) -> None:
+        """Look at the arrays of the records."""
+        self.arrays, self.rows = records.arrays, records.rows(0)
+        self.time_scale, self.board = records.sizes.time_scale, records.batch(torch.zeros(1, dtype=torch.long)).frames
+
+    def __len__(self) -> int:
+        """Number of training rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Frame (C + 2, H, W) float32, time, mask (A,) and action of one row."""
+        row = self.rows[index]
+        frame = np.concatenate((self.arrays["obs"][row].astype(np.float32), self.board[0, -2:].numpy()))
+        time_ = np.float32(self.arrays["t"][row] / self.time_scale)
+        return frame, time_, self.arrays["action_mask"][row], np.int64(self.arrays["action"][row])
+
+
+def stag_hunt_speed(args: Args) -> dict[str, float]:
+    """Environment steps per CPU-second: many games at once with scripted policies, one game in PettingZoo's form."""
+    steps = 0
+
+    def play_many() -> None:
+        nonlocal steps
+        games, steps = stag_hunt.VectorStagHunt(stag_hunt.Config(), np.arange(2_048)), 0
+        for _ in range(18):
+            steps += int(games.alive.any(1).sum())
+            legal = games.legal()
+            probabilities = games.policy_probabilities(("NS", "NH"), legal)
+            games.step(games.sample(probabilities[:, :, 0]), legal)
+
+    single, singles = stag_hunt.StagHunt(), 0
+
+    def play_one() -> None:
+        nonlocal singles
+        singles, generator = 0, np.random.default_rng(0)
+        for seed in range(20):
+            single.reset(seed=seed)
+            while single.agents:
+                single.step(dict(zip(single.agents, generator.integers(7, size=len(single.agents)), strict=True)))
+                singles += 1
+
+    rows = 20_000
+    seconds = medians(args.rounds, {
+        "many": play_many, "one": play_one, "collect": lambda: stag_hunt.collect(rows),
+    })  # fmt: skip
+    return {
+        "vector_steps_per_second": steps / seconds["many"], "parallel_env_steps_per_second": singles / seconds["one"],
+        "collected_rows_per_second": rows / seconds["collect"],
+    }  # fmt: skip
+
+
+def measure_pretrain_vae_moa(args: Args) -> dict[str, Any]:
+    """The game, batches beside a DataLoader's, and the updates with their share of the matrix-product rate."""
+    game = stag_hunt_speed(args)
+    print("stag hunt 8x8 with 4 players")
+    print(f"  {game['vector_steps_per_second']:9,.0f} environment steps/s, 2,048 games at once with scripted policies")
+    print(f"  {game['parallel_env_steps_per_second']:9,.0f} environment steps/s of the PettingZoo environment")
+    print(f"  {game['collected_rows_per_second']:9,.0f} rows/s collected, observations and probabilities included")
+
+    data, device = stag_hunt.collect(20_000), torch.device("cpu")
+    left, right, out = torch.randn(512, 512), torch.randn(512, 512), torch.empty(512, 512)
+    figures: dict[str, Any] = {"game": game}
+    for context, objective in (("1", "moa"), ("1", "both"), ("history", "moa")):
+        own = pretrain_vae_moa.Args(context=context, objective=objective)
+        records = pretrain_vae_moa.Records(data.arrays, data.meta, context, device)
+        model = pretrain_vae_moa.MOA(own, records.sizes, device)
+        symmetry = pretrain_vae_moa.Symmetry(records.sizes, device)
+        sampler = pretrain_vae_moa.Sampler(records, records.rows(0), own.batch_size, 1)
+        counter, cycles = iter(range(10**9)), args.update_cycles
+
+        def draw() -> pretrain_vae_moa.Batch:
+            units = sampler.draw(next(counter))  # noqa: B023  (called in this turn of the loop)
+            return symmetry(records.batch(units), *symmetry.draw(len(units)))  # noqa: B023
+
+        batch = draw()
+        with FlopCounterMode(display=False) as flops:
+            model.update(batch)
+        works = {
+            "batch": repeat(draw, cycles),
+            "update": repeat(lambda: model.update(batch), cycles),  # noqa: B023
+            "product": repeat(lambda: torch.mm(left, right, out=out), cycles),
+        }
+        if (context, objective) == ("1", "moa"):
+            loader = iter(DataLoader(PlainRows(records), own.batch_size, shuffle=True, drop_last=True))
+            plain_cycles = min(cycles, 10)
+            works["DataLoader"] = repeat(lambda: next(loader), plain_cycles)  # noqa: B023
+            loader_rows = (args.rounds + 1) * plain_cycles * own.batch_size
+            assert loader_rows <= len(records.rows(0)), "the loader would run out of rows: take fewer --rounds"
+        seconds = medians(args.rounds, works)
+        rows = len(batch.time)
+        product_rate = 2.0 * 512**3 * cycles / seconds["product"]
+        found = {
+            "rows_per_second": rows * cycles / (seconds["batch"] + seconds["update"]),
+            "batch_share": seconds["batch"] / (seconds["batch"] + seconds["update"]),
+            "roofline_share": flops.get_total_flops() * cycles / seconds["update"] / product_rate,
+            "operations_per_row": flops.get_total_flops() / rows, "product_operations_per_second": product_rate,
+        }  # fmt: skip
+        if "DataLoader" in seconds:
+            found["batches_faster"] = seconds["DataLoader"] / plain_cycles / (seconds["batch"] / cycles)
+        figures[f"{objective}, context {context}"] = found
+        print(f"--objective {objective} --context {context}, batches of about {own.batch_size} rows, with augmentation")
+        print(
+            f"  {found['rows_per_second']:9,.0f} rows/s, of which batches take {found['batch_share']:.1%}; "
+            f"updates reach {found['roofline_share']:.0%} of the roofline "
+            f"({found['operations_per_row'] / 1e6:.1f} million operations a row; products of 512x512x512 at "
+            f"{product_rate / 1e9:.0f} GFLOP/s)"
+        )
+        if "batches_faster" in found:
+            print(
+                f"  a DataLoader over the same rows, not augmented, takes {found['batches_faster']:.1f} times as long"
+            )
+    return figures
+
+
 # Each prints its figures and returns them; add a script's own here.
 MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {
     "hyar_td3": measure_hyar_td3,
     "sac_ae_pixels": measure_sac_ae_pixels,
+    "pretrain_vae_moa": measure_pretrain_vae_moa,
     "plas_pixels": measure_plas_pixels,
     "world_model_test": measure_world_model_test,
 }

@@ -89,7 +89,7 @@ class Config(NamedTuple):
 
 @functools.lru_cache
 def destinations(size: int) -> np.ndarray:
-    """The rule table (cells + 1, 5): where up, down, left, right, stay lead; `size * size` is off the board, or gone."""
+    """Where up, down, left, right, stay lead (cells + 1, 5); `size * size` is off the board, or gone."""
     table = np.full((size * size + 1, 5), size * size, np.int64)
     for row, column, (action, (down, right)) in itertools.product(range(size), range(size), enumerate(STEPS)):
         if 0 <= row + down < size and 0 <= column + right < size:
@@ -287,10 +287,10 @@ class VectorStagHunt:
     ) -> np.ndarray:
         """Probabilities (B, n, K, 7) float32 with which each strategy acts for each player.
 
-        NS and NH aim at the nearest prey of their kind, of several as near at the first in reading order. They take a step
-        that shortens the way there, all such steps being equally likely (or always the first of them, with `tie_break`
-        "first"); on it they hunt if that is legal and stay otherwise; if none is left they stay. With probability
-        `epsilon` any legal action is taken.
+        NS and NH aim at the nearest prey of their kind, of several as near at the first in reading order. They take a
+        step that shortens the way there, all such steps being equally likely (or always the first of them, with
+        `tie_break` "first"); on it they hunt if that is legal and stay otherwise; if none is left they stay. With
+        probability `epsilon` any legal action is taken.
         """
         players = self.players
         around = self.table[players, :STAY]
@@ -601,9 +601,9 @@ class StagHunt(ParallelEnv):
                 here = [j for j, other in enumerate(self._players) if other == place]
                 angle = 2.0 * math.pi * here.index(i) / len(here)
                 off = 0.22 if len(here) > 1 else 0.0
-                x, y = x + 0.5 + off * math.cos(angle), y + 0.5 + off * math.sin(angle)
-                picture.disc((x, y), 0.23, PAPER)
-                picture.disc((x, y), 0.2, colours[i % len(colours)])
+                x, y = x + 0.54 + off * math.cos(angle), y + 0.44 + off * math.sin(angle)
+                picture.disc((x, y), 0.2, PAPER)
+                picture.disc((x, y), 0.18, colours[i % len(colours)])
                 picture.text(str(i), (x - 0.07, y), PAPER, 18)
         if not any(place < self.config.cells for place in self._players):
             picture.text("all players have gone", (0.3, size / 2), INK)
@@ -753,8 +753,9 @@ def play(
         before = {"players": games.players, "stags": games.stags.copy(), "hares": games.hares.copy()}
         rewards = games.step(np.where(alive, actions, STAY), legal)
         history.append({
-            **before, "alive": alive, "legal": legal, "probabilities": probabilities, "actions": actions.astype(np.int8),
-            "previous": previous, "rewards": rewards.astype(np.float32), "next_players": games.players,
+            **before, "alive": alive, "legal": legal, "probabilities": probabilities,
+            "actions": actions.astype(np.int8), "previous": previous,
+            "rewards": rewards.astype(np.float32), "next_players": games.players,
             "next_stags": games.stags.copy(), "next_hares": games.hares.copy(),
         })  # fmt: skip
         previous = actions.astype(np.int8)
@@ -811,9 +812,10 @@ def load_dataset(path: Path, fields: Iterable[str] | None = None) -> Dataset:
     if not path.is_file():
         raise ValueError(f"there is no dataset {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array; an .npz file with one array per field expected")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("a single array; an .npz file with one array per field expected")
+        with opened as file:
             if "meta" not in file.files:
                 raise ValueError(f"no field meta, only {', '.join(file.files)}; see envs/stag_hunt.py for the format")
             meta = json.loads(str(file["meta"]))
@@ -873,8 +875,8 @@ def check_dataset(data: Dataset) -> None:
         forbidden = int((~mask[np.arange(len(action)), action]).sum())
         if forbidden:
             raise ValueError(
-                f"{forbidden:,} of {len(action):,} actions are forbidden by their own mask; a mask that was sliced from "
-                "the wrong columns looks like that"
+                f"{forbidden:,} of {len(action):,} actions are forbidden by their own mask; "
+                "a mask that was sliced from the wrong columns looks like that"
             )
 
 

@@ -388,11 +388,26 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
         assert words in printed
 
 
+def test_speed_of_the_pretrained_vae(tmp_path, capsys):
+    speed.main(speed.Args("pretrain_vae_moa", rounds=1, update_cycles=2, json=tmp_path / "speed.json"))
+    torch.use_deterministic_algorithms(False)
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert figures["game"]["vector_steps_per_second"] > 10 * figures["game"]["parallel_env_steps_per_second"] > 1_000
+    for name in ("moa, context 1", "both, context 1", "moa, context history"):
+        found = figures[name]
+        assert 0.0 < found["batch_share"] < 0.5 and 0.02 < found["roofline_share"] < 1.0
+        assert found["rows_per_second"] > 500 and found["operations_per_row"] > 1e6
+    assert figures["moa, context 1"]["batches_faster"] > 1.0
+    printed = capsys.readouterr().out
+    for words in ("of the roofline", "environment steps/s of the PettingZoo environment", "a DataLoader"):
+        assert words in printed
+
+
 def test_speed_of_an_unknown_script(capsys):
     with pytest.raises(SystemExit) as exit_:
         speed.main(speed.Args("nothing"))
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "error: no measurement of nothing; there are hyar_td3, sac_ae_pixels\n"
+    assert capsys.readouterr().err == f"error: no measurement of nothing; there are {', '.join(speed.MEASUREMENTS)}\n"
 
 
 # --- evaluate.py ---
