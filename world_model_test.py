@@ -122,7 +122,7 @@ class Args:
 
 # Data ----------------------------------------------------------------------------------------------------------------
 class Game(NamedTuple):
-    """Sizes of a game, and every reward that its training data hold."""
+    """Sizes of a game, every reward that its training data hold, and all that it can pay, where that is known."""
 
     players: int
     height: int
@@ -130,6 +130,7 @@ class Game(NamedTuple):
     actions: int
     reward_values: list[float]
     single_stag: bool = True
+    legal_rewards: list[float] = []  # noqa: RUF012  (never changed)
 
     @property
     def channels(self) -> int:
@@ -525,7 +526,7 @@ def violations(
         around = F.max_pool2d(obs[:, n + 1 : n + 2].float(), 3, 1, 1).flatten(1) > 0
         lost = stag.sum(1, dtype=torch.int64) - next_stag.sum(1, dtype=torch.int64)
         stag_wrong = ((next_stag > 0) & ~around) | (lost != hunted(caught_stag).sum(1))[:, None]
-    legal = torch.tensor(game.reward_values, device=obs.device)
+    legal = torch.tensor(game.legal_rewards, device=obs.device)
     result = {
         "duplicated": (count > 1).any(1) | (next_stag.sum(1, dtype=torch.int64) > stag.sum(1, dtype=torch.int64)),
         "jumped": ((after > 0) & (far > 1) & was[:, :, None]).any(2).any(1),
@@ -552,12 +553,12 @@ def impossible(args: Args | None) -> set[str]:
 def event_names(game: Game, hare: float = 1.0, stag: float = 10.0) -> dict[float, str]:
     """What pays each reward: prey and number of hunters, in Markov Stag-Hunt."""
     names = {}
-    for value in game.reward_values:
+    for value in game.legal_rewards:
         for prey, pay in (("hare", hare), ("stag", stag)):
             for hunters in range(1, game.players + 1):
                 if abs(value - pay / hunters) < 1e-3:
                     names[value] = f"{prey}, {hunters} hunter{'s' * (hunters > 1)}"
-    return {value: names.get(value, f"reward {value:g}") for value in game.reward_values if value}
+    return {value: names.get(value, f"reward {value:g}") for value in game.legal_rewards if value}
 
 
 def measure_frames(
@@ -1172,10 +1173,14 @@ def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
     values = sorted({round(value, 4) for value in train.rewards.unique().tolist()} | {0.0})
     if args.model != "mse" and len(values) > 100:
         raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
+    legal = sorted({*values, *test.rewards.unique().tolist()})
+    if args.data is None:  # what Markov Stag-Hunt pays: one hare or stag, shared by its hunters
+        config, players = stag_hunt.Config(), range(1, train.actions.shape[1] + 1)
+        legal = [0.0, *(pay / hunters for pay in (config.hare_reward, config.stag_reward) for hunters in players)]
     exact = [min(train.rewards.unique().tolist(), key=lambda own: abs(own - value)) for value in values]
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
     stags = int(train.obs[:, train.actions.shape[1] + 1].flatten(1).sum(1).max())
-    return Game(train.actions.shape[1], *train.obs.shape[2:], actions, exact, single_stag=stags <= 1)
+    return Game(train.actions.shape[1], *train.obs.shape[2:], actions, exact, stags <= 1, legal)
 
 
 def check_mask(game: Game, learner: Learner, data: Transitions) -> None:
