@@ -299,8 +299,8 @@ class Prediction(NamedTuple):
 class WorldModel(nn.Module):
     """Frame (B, C, H, W) and joint action (B, n) -> next frame and rewards.
 
-    A 3 x 3 convolution and a 1 x 1 convolution give each cell its features. What happens to a player is read at its
-    own cell; what happens to a cell at the cell.
+    A 3 x 3 convolution and a 1 x 1 convolution give each cell its features. What happens to a cell is read there; who
+    leaves, and what is paid, from features and inputs at the entity's own cell.
     """
 
     def __init__(self, game: Game, args: Args) -> None:
@@ -309,20 +309,21 @@ class WorldModel(nn.Module):
         self.game, self.kind, self.painted, self.masked = game, args.model, args.action_input == "painted", args.mask
         hidden, values = args.hidden_dim, len(game.reward_values)
         layers: list[nn.Module] = []
-        channels = game.channels + game.players * game.actions + 1
+        inputs = channels = game.channels + game.players * game.actions + 1
         for _ in range(args.num_layers):
             layers += [nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU()]
             channels = hidden
         self.trunk = nn.Sequential(*layers, nn.Conv2d(hidden, hidden, 1), nn.ReLU())
         entities = game.entities if self.kind == "entity" else 0
         self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
+        here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
         if entities:
-            self.gone_head = nn.Linear(hidden, entities)
+            self.gone_head = nn.Sequential(nn.Linear(here, 64), nn.ReLU(), nn.Linear(64, entities))
         # Rewards read what the next state will be: who leaves, and what prey is left in the player's cell.
         next_state = 0 if self.kind == "mse" else game.players + 2
         self.reward_head = nn.Sequential(
-            nn.Linear(hidden + next_state, hidden), nn.ReLU(),
-            nn.Linear(hidden, game.players * (1 if self.kind == "mse" else values)),
+            nn.Linear(here + next_state, 64), nn.ReLU(),
+            nn.Linear(64, game.players * (1 if self.kind == "mse" else values)),
         )  # fmt: skip
         if args.contrastive_coef > 0.0:
             self.query = nn.Linear(hidden * game.cells, 64)
@@ -342,8 +343,8 @@ class WorldModel(nn.Module):
         """The planes that hold one entity each."""
         return [*range(self.game.players), *[self.game.players + 1] * self.game.single_stag]
 
-    def features(self, obs: Tensor, actions: Tensor, where: Tensor) -> Tensor:
-        """Features (B, hidden, H, W) of frames (B, C, H, W), joint actions (B, n) and places (B, n + 1)."""
+    def inputs(self, obs: Tensor, actions: Tensor, where: Tensor) -> Tensor:
+        """Planes of frames (B, C, H, W), of joint actions (B, n), and of ones; `where` (B, n + 1) are the places."""
         game, batch = self.game, len(obs)
         one_hot = F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]  # (B, n, A)
         if self.painted:
@@ -356,7 +357,7 @@ class WorldModel(nn.Module):
         inside = obs.new_ones(
             batch, 1, game.height, game.width, dtype=torch.float32
         )  # tells the border from a free cell
-        return self.trunk(torch.cat((obs.float(), action_planes, inside), 1))
+        return torch.cat((obs.float(), action_planes, inside), 1)
 
     def at(self, features: Tensor, where: Tensor) -> Tensor:
         """Features (B, E, hidden) of the cells `where` (B, E); zeros for who is gone."""
@@ -367,10 +368,11 @@ class WorldModel(nn.Module):
         """The prediction and the features. Rewards are read off `next_obs`, or off the predicted mode without it."""
         game = self.game
         where = places(obs, game.players)
-        features = self.features(obs, actions, where)
+        inputs = self.inputs(obs, actions, where)
+        features = self.trunk(inputs)
         cells = self.cell_head(features)
         planes, entities = cells[:, : game.channels], None
-        own = self.at(features, where)
+        own = self.at(torch.cat((features, inputs), 1), where)
         if self.kind == "entity":
             index = torch.arange(game.entities, device=obs.device)
             gone = self.gone_head(own[:, : game.entities])[:, index, index]
