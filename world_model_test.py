@@ -361,8 +361,8 @@ class WorldModel(nn.Module):
 
     def at(self, features: Tensor, where: Tensor) -> Tensor:
         """Features (B, E, hidden) of the cells `where` (B, E); zeros for who is gone."""
-        flat = F.pad(features.flatten(2), (0, 1))
-        return flat.gather(2, where[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+        index = where.clamp_max(self.game.cells - 1)[:, None].expand(-1, features.shape[1], -1)
+        return features.flatten(2).gather(2, index).transpose(1, 2) * (where < self.game.cells)[:, :, None]
 
     def forward(self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None) -> tuple[Prediction, Tensor]:
         """The prediction and the features. Rewards are read off `next_obs`, or off the predicted mode without it."""
@@ -372,7 +372,7 @@ class WorldModel(nn.Module):
         features = self.trunk(inputs)
         cells = self.cell_head(features)
         planes, entities = cells[:, : game.channels], None
-        own = self.at(torch.cat((features, inputs), 1), where)
+        own = torch.cat((self.at(features, where), self.at(inputs, where)), 2)
         if self.kind == "entity":
             index = torch.arange(game.entities, device=obs.device)
             gone = self.gone_head(own[:, : game.entities])[:, index, index]
