@@ -98,7 +98,7 @@ class Args:
     """train and test on this file instead: a record of games, or an npz with obs, actions, rewards and next_obs"""
     load: str | None = None
     """test this model instead of training one: a model.pt of this script, or `module:function`"""
-    total_timesteps: int = 5_000
+    total_timesteps: int = 8_000
     """gradient steps"""
     model: Literal["mse", "cell", "entity"] = "entity"
     """what is predicted: numbers, or probabilities, of planes and cells; or a place for each player and the stag"""
