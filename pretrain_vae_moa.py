@@ -520,23 +520,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """p(frame | z), the encoder mirrored; always the current frame alone."""
+    """p(frame | z), the encoder mirrored, with a sub-pixel convolution (Shi et al., 2016) for the stride.
+
+    Always the current frame alone.
+    """
 
     def __init__(self, sizes: Sizes, latent_dim: int) -> None:
-        """Two layers, then transposed 32-32-16 convolutions."""
+        """Two layers, then 3x3 convolutions at half the size; the last makes four cells of one."""
         super().__init__()
-        self.board, self.small = (sizes.height, sizes.width), half(sizes)
+        self.sizes, self.small = sizes, half(sizes)
         self.layers = nn.Sequential(
             nn.Linear(latent_dim, HIDDEN), nn.ReLU(True), nn.Linear(HIDDEN, 32 * math.prod(self.small)), nn.ReLU(True)
         )
-        self.first = nn.Conv2d(32, 32, 3, 1, 1)
-        self.wider = nn.ConvTranspose2d(32, 16, 3, 2, 1)
-        self.last = nn.Conv2d(16, sizes.channels, 3, 1, 1)
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(True), nn.Conv2d(32, 4 * sizes.channels, 3, 1, 1), nn.PixelShuffle(2)
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits (R, C, H, W) of the planes, from (R, latent)."""
-        hidden = F.relu(self.first(self.layers(z).unflatten(1, (32, *self.small))))
-        return self.last(F.relu(self.wider(hidden, output_size=self.board)))
+        frame = self.convolutions(self.layers(z).unflatten(1, (32, *self.small)))
+        return frame[:, :, : self.sizes.height, : self.sizes.width]  # half an odd size was rounded up
 
 
 class PolicyHead(nn.Module):
@@ -1471,6 +1474,7 @@ def main(args: Args) -> Path:
     run = Run(args)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_num_threads(1)  # the same sums on any machine; two runs side by side use two cores better than one run
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     model = MOA(args, records.sizes, device)

@@ -94,6 +94,8 @@ def spread(values: Iterable[float]) -> str:
     values = np.array(list(values))
     if np.isnan(values).all():
         return "–"
+    if np.isinf(values).any():
+        return "infinite"
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 and values.std() >= 5e-4 else "")
 
 

@@ -578,7 +578,7 @@ def test_learns_more_than_it_could_guess(tmp_path, tiny, no_pictures):
     table = {row["name"]: row for row in read_table(folder / "table.csv") if row["subset"] == "all"}
     value = {name: float(row["expected_top1"]) for name, row in table.items()}
     model = next(name for name in value if name.startswith("MOA"))
-    assert value[model] > value["prior + mask"] + 0.25 and value[model] > value["random encoder + probe"] + 0.05
+    assert value[model] > value["prior + mask"] + 0.2 and value[model] > value["random encoder + probe"] + 0.05
     assert value["oracle"] > value["history Bayes"] > value[model]
     assert value["history Bayes"] >= value["single frame, knows the policies"] - 0.01
     assert float(table[model]["nll"]) < float(table["prior + mask"]["nll"]) - 0.4
