@@ -1074,9 +1074,12 @@ def announce_replay(args: Args) -> None:
     frames, size = sum(replay_sizes(args)), args.image_size
     needed = 3 * size * size * frames * 1.01  # and one frame an episode
     folder = Path(args.runs_dir).absolute()
-    present = (folder / args.run_name / "frames.bin") if args.run_name else None
-    if present and present.exists():  # what a run that is continued has written
-        needed -= 512 * present.stat().st_blocks
+    if args.run_name:  # perhaps a run that is continued: its file is there, or no longer needed
+        present = folder / args.run_name.replace("/", "-").replace(":", "-")
+        if (present / "frames.bin").exists():
+            needed -= 512 * (present / "frames.bin").stat().st_blocks
+        elif (present / "model.pt").exists():
+            needed = 0
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -1376,6 +1376,17 @@ def test_a_replay_memory_larger_than_the_disk_is_refused(tmp_path, capsys, monke
     assert "1,000,018 frames" in capsys.readouterr().out
 
 
+def test_a_run_that_has_its_frames_needs_no_more_disk(tmp_path, no_pictures, capsys, monkeypatch):
+    at_training_step(87, terminate_self)
+    assert exit_status(tiny(tmp_path)) == 143
+    ToyEnv.hook = None
+    usage, frames = shutil.disk_usage(tmp_path), 75 * 3 * 16 * 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=frames - 10_000))
+    assert exit_status(tiny(tmp_path, run_name="another")) == 2
+    for _ in range(2):  # to its end, and once more when it is finished
+        assert exit_status(tiny(tmp_path, resume=True)) == 0
+
+
 def test_no_opengl_is_refused_with_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
 
