@@ -312,11 +312,17 @@ class Batch(NamedTuple):
     length: int = 0
 
 
-def with_positions(frames: Tensor, sizes: Sizes) -> Tensor:
-    """Frames (R, C, H, W) as floats in [0, 1], with two planes for row and column behind them."""
-    rows, columns = (torch.linspace(0, 1, n, device=frames.device) for n in (sizes.height, sizes.width))
-    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
-    return torch.cat((frames.float().div_(sizes.pixel_scale), place.expand(len(frames), -1, -1, -1)), 1)
+def position_planes(sizes: Sizes) -> Tensor:
+    """Row and column of each cell (2, H, W), from 0 to 1."""
+    rows, columns = (torch.linspace(0, 1, n) for n in (sizes.height, sizes.width))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+
+
+def with_positions(frames: Tensor, places: Tensor, pixel_scale: float) -> Tensor:
+    """Frames (R, C, H, W) as floats in [0, 1], with the `position_planes` behind them."""
+    frames = frames.float()
+    frames = frames if pixel_scale == 1.0 else frames.div_(pixel_scale)
+    return torch.cat((frames, places.expand(len(frames), -1, -1, -1)), 1)
 
 
 class Records:
@@ -334,6 +340,7 @@ class Records:
             float(meta.get("observation_scale", 1)),
             float(meta.get("env_kwargs", {}).get("max_cycles") or int(arrays["t"].max()) + 1),
         )  # fmt: skip
+        self.places = position_planes(self.sizes).to(device)
         self.strategies = list(meta.get("strategies", []))
         names = list(meta.get("action_names") or [])
         self.action_names = names if len(names) == self.sizes.actions else [str(a) for a in range(self.sizes.actions)]
@@ -385,7 +392,7 @@ class Records:
             back = torch.arange(4, device=rows.device)
             known = (back <= self.position[rows, None])[:, :, None, None, None]  # no frames before the first
             frames = (self.obs[(rows[:, None] - back).clamp_min(0)] * known).flatten(1, 2)
-        frames = with_positions(frames, self.sizes)
+        frames = with_positions(frames, self.places, self.sizes.pixel_scale)
         batch = Batch(frames, self.time[rows], self.mask[rows], self.action[rows])
         if slot is None:
             return batch
@@ -446,7 +453,7 @@ class Symmetry:
 
     def __call__(self, batch: Batch, turn: Tensor, order: Tensor) -> Batch:
         """The batch in another world: unit u turned by `turn` (U,), with the players in the order of `order` (U, n)."""
-        device, (rows, planes, *board) = batch.frames.device, batch.frames.shape
+        device, (rows, planes) = batch.frames.device, batch.frames.shape[:2]
         turn, order = turn.to(device), order.to(device)
         if batch.slot is not None:
             unit = batch.slot // batch.length
@@ -454,8 +461,8 @@ class Symmetry:
         source = torch.arange(planes, device=device).repeat(rows, 1)
         for first in range(0, planes - POSITION_PLANES, self.sizes.channels):
             source[:, first : first + self.sizes.players] = first + order
-        index = source[:, :, None] * (board[0] * board[1]) + self.cells[turn][:, None, :]
-        frames = batch.frames.flatten(1).gather(1, index.flatten(1)).view_as(batch.frames)
+        frames = batch.frames.flatten(2)[torch.arange(rows, device=device)[:, None], source]
+        frames = frames.gather(2, self.cells[turn][:, None].expand_as(frames)).view_as(batch.frames)
         been, previous = self.been[turn], batch.previous
         if previous is not None:
             previous = previous.gather(1, order[:, :, None].expand_as(previous))
@@ -632,7 +639,8 @@ class MOA:
         """
         if self.args.context != "1":
             raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
-        frames = with_positions(observation, self.sizes)
+        places = position_planes(self.sizes).to(observation.device)
+        frames = with_positions(observation, places, self.sizes.pixel_scale)
         nothing = frames.new_zeros(len(frames))
         return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
 
