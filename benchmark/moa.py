@@ -261,13 +261,12 @@ def train(
     device = torch.device("cpu")
     torch.manual_seed(args.seed)
     records = moa.Records(arrays, meta, args.context, device)
-    model, symmetry = kind(args, records.sizes, device), moa.Symmetry(records.sizes, device)
+    model = kind(args, records.sizes, device)
     sampler = moa.Sampler(records, records.rows(0), args.batch_size, args.seed)
     for step in range(args.total_timesteps):
         units = sampler.draw(step)
-        batch = records.batch(units)
-        batch = symmetry(batch, *symmetry.draw(len(units))) if args.augment else batch
-        losses = model.update(batch, step)
+        world = records.symmetry.draw(len(units)) if args.augment else None
+        losses = model.update(records.batch(units, world), step)
         if step % 100 == 0 and not math.isfinite(losses["total"]):
             return model, records, step
     return model, records, args.total_timesteps
