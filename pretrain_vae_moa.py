@@ -321,13 +321,13 @@ def position_planes(sizes: Sizes) -> Tensor:
 class Symmetry:
     """The 8 ways to mirror and turn a square board, for games like the stag hunt.
 
-    Actions 0..3 are up, down, left, right. The position planes are turned as well, so that a rule that depends on the place on the board (which of two hares as
-    near comes first) stays true.
+    Actions 0..3 are up, down, left, right. The position planes are turned as well, so that a rule that depends on the
+    place on the board (which of two hares as near comes first) stays true.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         """Tables of where each cell comes from (8, H W), of turned position planes (8, 2, H, W), of actions (8, A)."""
-        self.players = sizes.players
+        self.players, self.things = sizes.players, torch.arange(sizes.players, sizes.channels, device=device)
         cells, becomes = [], []
         for turn in range(8):
             board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
@@ -429,9 +429,9 @@ class Records:
             turn, order = (values.to(device) for values in world)
             if slot is not None:
                 turn, order = turn[slot // length], order[slot // length]
-            source = torch.arange(self.sizes.channels, device=device).repeat(len(rows), 1)
-            source[:, : order.shape[1]] = order
-            frames = self.obs.flatten(2)[then[:, :, None], source[:, None]]  # (R, frames, C, H W), while still bytes
+            source = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)
+            plane = then[:, :, None] * self.sizes.channels + source[:, None]  # (R, frames, C), while still bytes
+            frames = self.obs.flatten(0, 1).flatten(1).index_select(0, plane.flatten()).view(*plane.shape, -1)
             frames = frames.gather(3, self.symmetry.cells[turn][:, None, None].expand_as(frames))
             frames, places = frames.unflatten(3, self.obs.shape[2:]), self.symmetry.places[turn]
             been = self.symmetry.been[turn]
