@@ -572,7 +572,7 @@ def test_a_linear_probe_finds_what_is_linear():
 def test_learns_more_than_it_could_guess(tmp_path, tiny, no_pictures):
     folder = main(tiny(
         env_id="4p5b4x4", rows=12_000, total_timesteps=1_000, eval_frequency=500, batch_size=64, reference_steps=200,
-        eval_episodes=60, learning_rate=1e-3,
+        eval_episodes=60, learning_rate=1e-3, probe_rows=3_000, reconstruction_weight=0.01,
     ))  # fmt: skip
     table = {row["name"]: row for row in read_table(folder / "table.csv") if row["subset"] == "all"}
     value = {name: float(row["expected_top1"]) for name, row in table.items()}
