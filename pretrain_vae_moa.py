@@ -312,11 +312,44 @@ class Batch(NamedTuple):
     length: int = 0
 
 
-def with_positions(frames: Tensor, sizes: Sizes) -> Tensor:
-    """Frames (R, C, H, W) as floats in [0, 1], with two planes for row and column behind them."""
-    rows, columns = (torch.linspace(0, 1, n, device=frames.device) for n in (sizes.height, sizes.width))
-    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
-    return torch.cat((frames.float().div_(sizes.pixel_scale), place.expand(len(frames), -1, -1, -1)), 1)
+def position_planes(sizes: Sizes) -> Tensor:
+    """Row and column of each cell (2, H, W), from 0 to 1."""
+    rows, columns = (torch.linspace(0, 1, n) for n in (sizes.height, sizes.width))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+
+
+class Symmetry:
+    """The 8 ways to mirror and turn a square board, for games like the stag hunt.
+
+    Actions 0..3 are up, down, left, right. The position planes are turned as well, so that a rule that depends on the
+    place on the board (which of two hares as near comes first) stays true.
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        """Tables of where each cell comes from (8, H W), of turned position planes (8, 2, H, W), of actions (8, A)."""
+        self.players, self.things = sizes.players, torch.arange(sizes.players, sizes.channels, device=device)
+        cells, becomes = [], []
+        for turn in range(8):
+            board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
+            action = list(range(sizes.actions))
+            if turn & 4:
+                board, action[:4] = board.T, [2, 3, 0, 1]
+            for bit, axis, pair in ((1, 0, (0, 1)), (2, 1, (2, 3))):
+                if turn & bit:
+                    board = board.flip(axis)
+                    action[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in action[:4]]
+            cells.append(board.flatten())
+            becomes.append(torch.tensor(action))
+        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
+        self.been = self.becomes.argsort(1)  # which action has become each
+        places = position_planes(sizes).to(device)
+        self.places = places.flatten(1)[:, self.cells].transpose(0, 1).unflatten(2, places.shape[1:])
+
+    def draw(self, units: int) -> tuple[Tensor, Tensor]:
+        """A random turn (U,) for each unit, and order of the players (U, n), ego first."""
+        order = torch.rand(units, self.players)
+        order[:, 0] = -1.0
+        return torch.randint(8, (units,)), order.argsort(1)
 
 
 class Records:
@@ -334,7 +367,10 @@ class Records:
             float(meta.get("observation_scale", 1)),
             float(meta.get("env_kwargs", {}).get("max_cycles") or int(arrays["t"].max()) + 1),
         )  # fmt: skip
+        self.places = position_planes(self.sizes).to(device)
         self.strategies = list(meta.get("strategies", []))
+        # Only of the stag hunt it is known what turning the board does to the actions.
+        self.symmetry = Symmetry(self.sizes, device) if self.strategies and height == width else None
         names = list(meta.get("action_names") or [])
         self.action_names = names if len(names) == self.sizes.actions else [str(a) for a in range(self.sizes.actions)]
 
@@ -376,20 +412,42 @@ class Records:
         rows, slot = starts[sequence] + place, sequence * longest + place
         return rows.to(self.obs.device), slot.to(self.obs.device), longest
 
-    def batch(self, units: Tensor) -> Batch:
-        """Gather a batch of these rows or sequences (on the CPU)."""
-        rows, slot, length = self.rows_of(units)
-        rows = rows.to(self.obs.device)
-        frames = self.obs[rows]
-        if self.context == "4":
-            back = torch.arange(4, device=rows.device)
-            known = (back <= self.position[rows, None])[:, :, None, None, None]  # no frames before the first
-            frames = (self.obs[(rows[:, None] - back).clamp_min(0)] * known).flatten(1, 2)
-        frames = with_positions(frames, self.sizes)
-        batch = Batch(frames, self.time[rows], self.mask[rows], self.action[rows])
+    def batch(self, units: Tensor, world: tuple[Tensor, Tensor] | None = None) -> Batch:
+        """Gather a batch of these rows or sequences (U,) (on the CPU).
+
+        With a `world` of `Symmetry.draw`, unit u is turned by world[0] (U,) and its players are in the order of
+        world[1] (U, n), planes and actions alike.
+        """
+        (rows, slot, length), device = self.rows_of(units), self.obs.device
+        rows = rows.to(device)
+        back = torch.arange(4 if self.context == "4" else 1, device=device)
+        then = (rows[:, None] - back).clamp_min(0)
+        mask, action, previous = self.mask[rows], self.action[rows], None
+        if world is None:
+            frames, places = self.obs[then], self.places.expand(len(rows), -1, -1, -1)
+        else:
+            turn, order = (values.to(device) for values in world)
+            if slot is not None:
+                turn, order = turn[slot // length], order[slot // length]
+            source = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)
+            plane = then[:, :, None] * self.sizes.channels + source[:, None]  # (R, frames, C), while still bytes
+            frames = self.obs.flatten(0, 1).flatten(1).index_select(0, plane.flatten()).view(*plane.shape, -1)
+            frames = frames.gather(3, self.symmetry.cells[turn][:, None, None].expand_as(frames))
+            frames, places = frames.unflatten(3, self.obs.shape[2:]), self.symmetry.places[turn]
+            been = self.symmetry.been[turn]
+            mask, action = mask.gather(1, been), self.symmetry.becomes[turn].gather(1, action[:, None])[:, 0]
+        if self.context == "4":  # there are no frames before the first
+            frames = frames * (back <= self.position[rows, None])[:, :, None, None, None]
+        frames = frames.flatten(1, 2).float()
+        frames = frames if self.sizes.pixel_scale == 1.0 else frames.div_(self.sizes.pixel_scale)
+        batch = Batch(torch.cat((frames, places), 1), self.time[rows], mask, action)
         if slot is None:
             return batch
-        previous = F.one_hot(self.previous[rows], self.sizes.actions + 1).float()
+        previous = self.previous[rows]
+        if world is not None:
+            becomes = F.pad(self.symmetry.becomes[turn], (0, 1), value=self.sizes.actions)  # none stays none
+            previous = becomes.gather(1, previous.gather(1, order))
+        previous = F.one_hot(previous, self.sizes.actions + 1).float()
         return batch._replace(previous=previous, slot=slot, sequences=len(units), length=length)
 
 
@@ -411,58 +469,6 @@ class Sampler:
             generator = torch.Generator().manual_seed(episode_seed(self.seed, passes, stream=2))
             self.passes, self.order = passes, self.units[torch.randperm(len(self.units), generator=generator)]
         return self.order[number * self.size : (number + 1) * self.size]
-
-
-class Symmetry:
-    """The 8 ways to mirror and turn a square board, and any order of the other players, for games like the stag hunt.
-
-    Planes of the players come first, actions 0..3 are up, down, left, right. The position planes are turned as well, so
-    that a rule that depends on the place on the board (which of two hares as near comes first) stays true.
-    """
-
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        """Tables (8, cells) of where each cell comes from, and (8, A) of what each action becomes and has been."""
-        self.sizes = sizes
-        cells, becomes = [], []
-        for turn in range(8):
-            board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
-            action = list(range(sizes.actions))
-            if turn & 4:
-                board, action[:4] = board.T, [2, 3, 0, 1]
-            for bit, axis, pair in ((1, 0, (0, 1)), (2, 1, (2, 3))):
-                if turn & bit:
-                    board = board.flip(axis)
-                    action[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in action[:4]]
-            cells.append(board.flatten())
-            becomes.append(torch.tensor(action))
-        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
-        self.been = self.becomes.argsort(1)
-
-    def draw(self, units: int) -> tuple[Tensor, Tensor]:
-        """A random turn (U,) for each unit, and order of the players (U, n), ego first."""
-        order = torch.rand(units, self.sizes.players)
-        order[:, 0] = -1.0
-        return torch.randint(8, (units,)), order.argsort(1)
-
-    def __call__(self, batch: Batch, turn: Tensor, order: Tensor) -> Batch:
-        """The batch in another world: unit u turned by `turn` (U,), with the players in the order of `order` (U, n)."""
-        device, (rows, planes, *board) = batch.frames.device, batch.frames.shape
-        turn, order = turn.to(device), order.to(device)
-        if batch.slot is not None:
-            unit = batch.slot // batch.length
-            turn, order = turn[unit], order[unit]
-        source = torch.arange(planes, device=device).repeat(rows, 1)
-        for first in range(0, planes - POSITION_PLANES, self.sizes.channels):
-            source[:, first : first + self.sizes.players] = first + order
-        index = source[:, :, None] * (board[0] * board[1]) + self.cells[turn][:, None, :]
-        frames = batch.frames.flatten(1).gather(1, index.flatten(1)).view_as(batch.frames)
-        been, previous = self.been[turn], batch.previous
-        if previous is not None:
-            previous = previous.gather(1, order[:, :, None].expand_as(previous))
-            none = torch.full((rows, 1), self.sizes.actions, device=device)
-            previous = previous.gather(2, torch.cat((been, none), 1)[:, None, :].expand_as(previous))
-        action = self.becomes[turn].gather(1, batch.action[:, None])[:, 0]
-        return batch._replace(frames=frames, mask=batch.mask.gather(1, been), action=action, previous=previous)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -632,7 +638,8 @@ class MOA:
         """
         if self.args.context != "1":
             raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
-        frames = with_positions(observation, self.sizes)
+        places = position_planes(self.sizes).to(observation.device).expand(len(observation), -1, -1, -1)
+        frames = torch.cat((observation.float() / self.sizes.pixel_scale, places), 1)
         nothing = frames.new_zeros(len(frames))
         return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
 
@@ -764,7 +771,7 @@ def strategy_of(net: nn.ModuleList, batch: Batch) -> Tensor:
     return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
 
 
-def train_reference(net: nn.ModuleList, records: Records, args: Args, symmetry: Symmetry | None) -> None:
+def train_reference(net: nn.ModuleList, records: Records, args: Args) -> None:
     """Train the reference classifier on the true strategies of the training rows."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     sampler = Sampler(records, records.rows(0), 256, seed=0)
@@ -772,15 +779,14 @@ def train_reference(net: nn.ModuleList, records: Records, args: Args, symmetry: 
         units = sampler.draw(step)
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
-        batch = records.batch(units)
-        batch = symmetry(batch, *symmetry.draw(len(units))) if symmetry else batch
-        loss = F.nll_loss(strategy_of(net, batch), records.strategy[units])
+        world = records.symmetry.draw(len(units)) if records.symmetry and args.augment else None
+        loss = F.nll_loss(strategy_of(net, records.batch(units, world)), records.strategy[units])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def reference_strategy(records: Records, rows: np.ndarray, args: Args, symmetry: Symmetry | None) -> np.ndarray:
+def reference_strategy(records: Records, rows: np.ndarray, args: Args) -> np.ndarray:
     """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
 
     Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
@@ -790,7 +796,7 @@ def reference_strategy(records: Records, rows: np.ndarray, args: Args, symmetry:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
-        train_reference(net, records, args, symmetry)
+        train_reference(net, records, args)
     with torch.inference_mode():
         batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
         return torch.cat([strategy_of(net, batch).exp().cpu() for batch in batches]).numpy()
@@ -1359,9 +1365,8 @@ def same_shape(model: MOA, args: Args, sizes: Sizes, path: str) -> None:
 
 
 def final_table(
-    result: Evaluation, records: Records, known: dict[str, np.ndarray], args: Args, fit_rows: np.ndarray,
-    symmetry: Symmetry | None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    result: Evaluation, records: Records, known: dict[str, np.ndarray], args: Args, fit_rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
     rows, device = result.rows, records.obs.device
     predictions = baselines(records, rows)
@@ -1373,7 +1378,7 @@ def final_table(
     name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
     predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
     if known and args.reference_steps:
-        strategy = reference_strategy(records, rows, args, symmetry)
+        strategy = reference_strategy(records, rows, args)
         mixed = np.einsum("rk,rka->ra", strategy, records.arrays["policy_probs"][rows].astype(np.float64))
         predictions["single frame, knows the policies"] = mixed
     return predictions | {name: values[rows] for name, values in known.items()}
@@ -1381,11 +1386,11 @@ def final_table(
 
 def report(
     run: "Run", step: int, result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args,
-    fit_rows: np.ndarray, symmetry: Symmetry | None,
+    fit_rows: np.ndarray,
 ) -> None:  # fmt: skip
     """Print and write the table of the final evaluation (`table.csv`), the probes (`probes.csv`) and the pictures."""
     rows = result.rows
-    predictions = final_table(result, records, known, args, fit_rows, symmetry)
+    predictions = final_table(result, records, known, args, fit_rows)
     own = next(name for name, q in predictions.items() if q is result.q)
     best = predictions.get("history Bayes")
     table = [
@@ -1480,9 +1485,6 @@ def main(args: Args) -> Path:
     model = MOA(args, records.sizes, device)
     if loaded:
         model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
-    # Only of the stag hunt it is known what turning the board does to the actions.
-    turns = args.augment and bool(records.strategies) and records.sizes.height == records.sizes.width
-    symmetry = Symmetry(records.sizes, device) if turns else None
     sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
     parts = {"validation": records.rows(1), "test": records.rows(2, args.eval_episodes)}
     parts["probe"] = probe_rows(records, args.probe_rows)
@@ -1503,10 +1505,8 @@ def main(args: Args) -> Path:
     last = step == args.total_timesteps
     while not last:
         units = sampler.draw(step)
-        batch = records.batch(units)
-        if symmetry:
-            batch = symmetry(batch, *symmetry.draw(len(units)))
-        losses = model.update(batch, step)
+        world = records.symmetry.draw(len(units)) if records.symmetry and args.augment else None
+        losses = model.update(records.batch(units, world), step)
         for name, value in losses.items():  # means over an epoch, without waiting for the device
             sums[name] = sums.get(name, 0.0) + value
         step += 1
@@ -1548,7 +1548,7 @@ def main(args: Args) -> Path:
         save_model(model, run.folder / "best_model.pt")
     chosen = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
     result = evaluate(chosen, records, records.rows(2), parts["probe"])
-    report(run, step, result, records, known, chosen, args, parts["probe"], symmetry)
+    report(run, step, result, records, known, chosen, args, parts["probe"])
     run.save_checkpoint(step, {"model": model.state_dict(), "dataset": fingerprint(meta, arrays)}, finished=True)
     run.close()
     print(f"see {run.folder}")

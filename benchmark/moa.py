@@ -2,11 +2,13 @@
 
     python benchmark/moa.py table --runs runs
     python benchmark/moa.py questions --seeds 1 2 3
+    python benchmark/moa.py ceilings
 
 `table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names and writes table.csv, table.md, probes.csv,
 curves.csv and a picture of the curves to benchmark/results/pretrain_vae_moa/. `questions` trains models with what a
 public version of this training step had (a softmax before the cross-entropy's own, a mask sliced from the wrong
 columns, scores of training rows), without the checks of the loader, and writes questions.csv and questions.md there.
+`ceilings` plays games of several kinds and writes what can be known about their players to ceilings.md.
 """
 
 import csv
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pretrain_vae_moa as moa  # noqa: E402
+from envs import stag_hunt  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "pretrain_vae_moa"
 SCORES = ("expected_top1", "top1", "top3", "balanced_accuracy", "macro_f1", "nll", "regret", "ece", "achieved")
@@ -59,6 +62,16 @@ class Questions:
     """rows of the games"""
     data_dir: str = "data"
     """the folder that collected datasets are kept in"""
+    results: Path = RESULTS
+    """the folder to write to"""
+
+
+@dataclass
+class Ceilings:
+    """Play games of several kinds, and say what can be known about their players."""
+
+    rows: int = 107_010
+    """rows of each kind"""
     results: Path = RESULTS
     """the folder to write to"""
 
@@ -248,13 +261,12 @@ def train(
     device = torch.device("cpu")
     torch.manual_seed(args.seed)
     records = moa.Records(arrays, meta, args.context, device)
-    model, symmetry = kind(args, records.sizes, device), moa.Symmetry(records.sizes, device)
+    model = kind(args, records.sizes, device)
     sampler = moa.Sampler(records, records.rows(0), args.batch_size, args.seed)
     for step in range(args.total_timesteps):
         units = sampler.draw(step)
-        batch = records.batch(units)
-        batch = symmetry(batch, *symmetry.draw(len(units))) if args.augment else batch
-        losses = model.update(batch, step)
+        world = records.symmetry.draw(len(units)) if args.augment else None
+        losses = model.update(records.batch(units, world), step)
         if step % 100 == 0 and not math.isfinite(losses["total"]):
             return model, records, step
     return model, records, args.total_timesteps
@@ -311,8 +323,41 @@ def questions_table(table: list[dict[str, Any]]) -> str:
     return markdown(["change", "scored on", "seeds", *names[:-1], "labels that the mask forbids"], lines)
 
 
+# Ceilings ------------------------------------------------------------------------------------------------------------
+KINDS: dict[str, dict[str, Any]] = {
+    "8x8, limit 18": {},
+    "8x8, limit 30": {"max_cycles": 30},
+    "8x8, limit 30, 2 obstacles": {"max_cycles": 30, "config": stag_hunt.Config(n_blocks=2)},
+    "8x8, limit 18, always the first of equal steps": {"tie_break": "first"},
+    "8x8, limit 18, 2 stags": {"config": stag_hunt.Config(n_stags=2)},
+    "4x4, limit 18": {"config": stag_hunt.Config(size=4)},
+}
+
+
+def ceilings(args: Ceilings) -> None:
+    """Write and print the class shares, and how good predictions of the action and of the strategy can be."""
+    lines = []
+    for name, settings in KINDS.items():
+        data = stag_hunt.collect(args.rows, **settings)
+        records = moa.Records(data.arrays, data.meta, "1", torch.device("cpu"))
+        rows = np.arange(args.rows)
+        shares = np.bincount(data.arrays["action"], minlength=records.sizes.actions) / args.rows
+        scores = [moa.score(q, records, rows) for q in moa.ceilings(records).values()]
+        posterior = stag_hunt.history_posterior(data)
+        strategy = (posterior.argmax(1) == data.arrays["strategy"]).mean()
+        pairs = [f"{score['expected_top1']:.3f} / {score['nll']:.3f}" for score in scores]
+        lines.append([name, " ".join(f"{share:.3f}" for share in shares), *pairs, f"{strategy:.3f}"])
+    header = ["", "shares of the actions", "history Bayes: top-1 / NLL", "oracle: top-1 / NLL", "strategy from history"]
+    text = markdown(header, lines)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "ceilings.md").write_text(text)
+    print(text)
+
+
 if __name__ == "__main__":
     chosen = tyro.cli(
-        Annotated[Table, tyro.conf.subcommand("table")] | Annotated[Questions, tyro.conf.subcommand("questions")]
+        Annotated[Table, tyro.conf.subcommand("table")]
+        | Annotated[Questions, tyro.conf.subcommand("questions")]
+        | Annotated[Ceilings, tyro.conf.subcommand("ceilings")]
     )
-    table(chosen) if isinstance(chosen, Table) else questions(chosen)
+    {Table: table, Questions: questions, Ceilings: ceilings}[type(chosen)](chosen)

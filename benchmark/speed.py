@@ -799,13 +799,12 @@ def measure_pretrain_vae_moa(args: Args) -> dict[str, Any]:
         own = pretrain_vae_moa.Args(context=context, objective=objective)
         records = pretrain_vae_moa.Records(data.arrays, data.meta, context, device)
         model = pretrain_vae_moa.MOA(own, records.sizes, device)
-        symmetry = pretrain_vae_moa.Symmetry(records.sizes, device)
         sampler = pretrain_vae_moa.Sampler(records, records.rows(0), own.batch_size, 1)
         counter, cycles = iter(range(10**9)), args.update_cycles
 
         def draw() -> pretrain_vae_moa.Batch:
             units = sampler.draw(next(counter))  # noqa: B023  (called in this turn of the loop)
-            return symmetry(records.batch(units), *symmetry.draw(len(units)))  # noqa: B023
+            return records.batch(units, records.symmetry.draw(len(units)))  # noqa: B023
 
         batch = draw()
         with FlopCounterMode(display=False) as flops:

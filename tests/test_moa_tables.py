@@ -77,6 +77,17 @@ def test_runs_become_tables(runs, tmp_path, capsys):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
+def test_ceilings(tmp_path, capsys):
+    tables.ceilings(tables.Ceilings(rows=2_000, results=tmp_path))
+    lines = (tmp_path / "ceilings.md").read_text().splitlines()
+    assert len(lines) == 2 + len(tables.KINDS) and lines[0] in capsys.readouterr().out
+    (deterministic,) = [line for line in lines if "first of equal steps" in line]
+    assert "| 1.000 / -0.000 |" in deterministic or "| 1.000 / 0.000 |" in deterministic
+    top = [float(line.split("|")[4].split("/")[0]) for line in lines[2:]]
+    history = [float(line.split("|")[3].split("/")[0]) for line in lines[2:]]
+    assert all(a > b > 0.7 for a, b in zip(top, history, strict=True))
+
+
 def test_no_runs_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         tables.table(tables.Table(tmp_path, tmp_path / "results"))
