@@ -94,7 +94,7 @@ def golden_agent(name: str, **changes) -> tuple[SACAE, Batch, Noise]:
     data = golden(name)
     cfg = {key[4:]: int(value) for key, value in data.items() if key.startswith("cfg/")}
     sizes = {key: cfg[key] for key in ("num_filters", "num_layers", "feature_dim", "hidden_dim")}
-    agent = SACAE(resolve(Args(env_id="Toy-v0", **sizes, **changes)), cfg["action_dim"], CPU)
+    agent = SACAE(resolve(Args(env_id="PixelToy-v0", **sizes, **changes)), cfg["action_dim"], CPU)
     named = networks(agent)
     assert set(named) == {key[5:] for key in data if key.startswith("init/")} - {"log_alpha"}
     with torch.no_grad():
@@ -358,23 +358,23 @@ class BlindEnv(BareEnv):
         self.metadata = {"render_modes": []}
 
 
-gym.register("Toy-v0", ToyEnv)
-gym.register("ToyTerminating-v0", ToyEnv, kwargs={"truncate": False})
-gym.register("ToyUnrepeatable-v0", ToyEnv, kwargs={"repeatable": False})
-gym.register("ToyLarge-v0", ToyEnv, kwargs={"size": 64})
-gym.register("Point-v0", PointEnv)
-gym.register("ToyBlind-v0", BlindEnv)
-gym.register("ToyDiscrete-v0", functools.partial(BareEnv, action_space=Discrete(3)))
-gym.register("ToyUnbounded-v0", functools.partial(BareEnv, action_space=Box(-np.inf, np.inf, (2,))))
-gym.register("ToyNoActions-v0", functools.partial(BareEnv, action_space=Box(-1, 1, (0,))))
-gym.register("ToyNoPicture-v0", functools.partial(BareEnv, picture=None))
-gym.register("ToyGray-v0", functools.partial(BareEnv, picture=np.zeros((20, 20), np.uint8)))
-gym.register("ToyFails-v0", functools.partial(BareEnv, error=RuntimeError("no such\nthing")))
-gym.register("ToyNoGL-v0", functools.partial(BareEnv, picture=RuntimeError("an OpenGL context\nis missing")))
+gym.register("PixelToy-v0", ToyEnv)
+gym.register("PixelToyTerminating-v0", ToyEnv, kwargs={"truncate": False})
+gym.register("PixelToyUnrepeatable-v0", ToyEnv, kwargs={"repeatable": False})
+gym.register("PixelToyLarge-v0", ToyEnv, kwargs={"size": 64})
+gym.register("PixelPoint-v0", PointEnv)
+gym.register("PixelToyBlind-v0", BlindEnv)
+gym.register("PixelToyDiscrete-v0", functools.partial(BareEnv, action_space=Discrete(3)))
+gym.register("PixelToyUnbounded-v0", functools.partial(BareEnv, action_space=Box(-np.inf, np.inf, (2,))))
+gym.register("PixelToyNoActions-v0", functools.partial(BareEnv, action_space=Box(-1, 1, (0,))))
+gym.register("PixelToyNoPicture-v0", functools.partial(BareEnv, picture=None))
+gym.register("PixelToyGray-v0", functools.partial(BareEnv, picture=np.zeros((20, 20), np.uint8)))
+gym.register("PixelToyFails-v0", functools.partial(BareEnv, error=RuntimeError("no such\nthing")))
+gym.register("PixelToyNoGL-v0", functools.partial(BareEnv, picture=RuntimeError("an OpenGL context\nis missing")))
 
 SMALL = {"image_size": 16, "num_layers": 2, "num_filters": 3, "feature_dim": 6, "hidden_dim": 12, "batch_size": 8}
 TINY = {
-    **SMALL, "env_id": "Toy-v0", "action_repeat": 2, "total_timesteps": 150, "learning_starts": 10,
+    **SMALL, "env_id": "PixelToy-v0", "action_repeat": 2, "total_timesteps": 150, "learning_starts": 10,
     "eval_episodes": 2, "eval_frequency": 40, "checkpoint_frequency": 30, "run_name": "run",
 }  # fmt: skip
 
@@ -405,7 +405,7 @@ def tiny(tmp_path: Path, **changes) -> Args:
 
 def small_agent(seed=0, action_dim=2, **changes) -> SACAE:
     torch.manual_seed(seed)
-    return SACAE(resolve(Args(**{**SMALL, "env_id": "Toy-v0", **changes})), action_dim, CPU)
+    return SACAE(resolve(Args(**{**SMALL, "env_id": "PixelToy-v0", **changes})), action_dim, CPU)
 
 
 def random_batch(agent: SACAE, size=8, seed=1) -> Batch:
@@ -449,7 +449,7 @@ def test_a_frame_is_what_the_environment_draws(tmp_path):
 
 
 def test_a_larger_picture_is_made_smaller(tmp_path):
-    env = make_env(resolve(tiny(tmp_path, env_id="ToyLarge-v0", image_size=16)))
+    env = make_env(resolve(tiny(tmp_path, env_id="PixelToyLarge-v0", image_size=16)))
     frame, _ = env.reset(seed=3)
     whole = env.unwrapped.render()
     assert frame.shape == (3, 16, 16)
@@ -866,7 +866,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, no_pictures, capsys, 
 
 # --- learning ---
 POINT = {
-    "env_id": "Point-v0", "image_size": 32, "num_layers": 2, "num_filters": 8, "hidden_dim": 128, "batch_size": 64,
+    "env_id": "PixelPoint-v0", "image_size": 32, "num_layers": 2, "num_filters": 8, "hidden_dim": 128, "batch_size": 64,
     "alpha_learning_rate": 1e-3, "learning_starts": 100, "total_timesteps": 300, "eval_frequency": 300,
     "eval_episodes": 50, "checkpoint_frequency": 1_000, "run_name": "run",
 }  # fmt: skip
@@ -1039,7 +1039,7 @@ def test_a_step_of_training_reaches_the_buffer_as_it_was(tmp_path, no_pictures, 
     kept = []
     close = ReplayBuffer.close
     monkeypatch.setattr(ReplayBuffer, "close", lambda self, delete=False: kept.append(self) or close(self, False))
-    sac_ae_pixels.main(tiny(tmp_path, env_id="ToyTerminating-v0"))
+    sac_ae_pixels.main(tiny(tmp_path, env_id="PixelToyTerminating-v0"))
     (buffer,) = kept
     assert buffer.size == 75
     batch = buffer.gather(torch.arange(8), CPU)
@@ -1047,7 +1047,7 @@ def test_a_step_of_training_reaches_the_buffer_as_it_was(tmp_path, no_pictures, 
     assert torch.equal(batch.observation[1], batch.next_observation[0])
     assert torch.equal(batch.observation[4][:3], batch.observation[4][6:])  # an episode's first stack
     assert not torch.equal(batch.next_observation[3], batch.observation[4])  # the last frame is not the next first
-    args = resolve(tiny(tmp_path, env_id="ToyTerminating-v0"))
+    args = resolve(tiny(tmp_path, env_id="PixelToyTerminating-v0"))
     env = make_env(args)
     frame = env.reset(seed=episode_seed(1, 0))[0]
     assert np.array_equal(batch.observation[0][:3].numpy(), frame)
@@ -1273,11 +1273,11 @@ def test_a_checkpoint_holds_nothing_that_could_run(checkpoint, tmp_path, no_pict
 
 def test_an_episode_that_does_not_replay_is_left(tmp_path, no_pictures, capsys):
     at_training_step(87, terminate_self)
-    assert exit_status(tiny(tmp_path, env_id="ToyUnrepeatable-v0")) == 143
+    assert exit_status(tiny(tmp_path, env_id="PixelToyUnrepeatable-v0")) == 143
     ToyEnv.hook = None
     episode = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["episode"]
     capsys.readouterr()
-    assert exit_status(tiny(tmp_path, env_id="ToyUnrepeatable-v0", resume=True)) == 0
+    assert exit_status(tiny(tmp_path, env_id="PixelToyUnrepeatable-v0", resume=True)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "does not replay" in line]
     assert len(lines) == 1 and f"episode {episode} " in lines[0]
 
@@ -1320,15 +1320,15 @@ def refused(capsys, tmp_path: Path, *parts: str, **changes) -> str:
 @pytest.mark.parametrize(
     ("env_id", "parts"),
     [
-        ("ToyDiscrete-v0", ["sac_ae_pixels needs a Box action space", "Discrete(3)"]),
+        ("PixelToyDiscrete-v0", ["sac_ae_pixels needs a Box action space", "Discrete(3)"]),
         ("CartPole-v1", ["sac_ae_pixels needs a Box action space"]),
-        ("ToyUnbounded-v0", ["bounded actions expected"]),
-        ("ToyNoActions-v0", ["at least one action"]),
-        ("ToyBlind-v0", ["ToyBlind-v0", "rgb_array"]),
-        ("ToyNoPicture-v0", ["cannot be drawn", "NoneType"]),
-        ("ToyGray-v0", ["cannot be drawn", "a picture"]),
-        ("ToyFails-v0", ["could not make ToyFails-v0", "no such thing"]),
-        ("ToyNoGL-v0", ["cannot be drawn", "libegl1"]),
+        ("PixelToyUnbounded-v0", ["bounded actions expected"]),
+        ("PixelToyNoActions-v0", ["at least one action"]),
+        ("PixelToyBlind-v0", ["PixelToyBlind-v0", "rgb_array"]),
+        ("PixelToyNoPicture-v0", ["cannot be drawn", "NoneType"]),
+        ("PixelToyGray-v0", ["cannot be drawn", "a picture"]),
+        ("PixelToyFails-v0", ["could not make ToyFails-v0", "no such thing"]),
+        ("PixelToyNoGL-v0", ["cannot be drawn", "libegl1"]),
         ("Pendulun-v1", ["unknown environment", "did you mean Pendulum-v1"]),
         ("qqqqqqqqqqqqqqqq-v0", ["unknown environment", "ids look like"]),
         ("no_such_package:Name-v0", ["no_such_package"]),
@@ -1359,7 +1359,7 @@ def test_bad_values_are_refused(name, value, tmp_path, capsys):
 def test_an_image_too_small_for_the_layers_is_refused(layers, least, tmp_path, capsys):
     changes = {"image_size": least - 1, "num_layers": layers}
     refused(capsys, tmp_path, f"--image-size {least - 1}", f"at least {least} pixels", **changes)
-    resolve(Args(env_id="Toy-v0", image_size=least, num_layers=layers))
+    resolve(Args(env_id="PixelToy-v0", image_size=least, num_layers=layers))
 
 
 def test_a_run_that_would_not_learn_is_refused(tmp_path, capsys):
@@ -1426,11 +1426,11 @@ def test_bf16_without_instructions_is_a_warning_with_its_cost(tmp_path, capsys, 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_reward_that_is_not_finite_ends_the_run(value, tmp_path, no_pictures, capsys):
-    gym.register("ToyNan-v0", ToyEnv, kwargs={"break_at": (75, value)})
+    gym.register("PixelToyNan-v0", ToyEnv, kwargs={"break_at": (75, value)})
     try:
-        assert exit_status(tiny(tmp_path, env_id="ToyNan-v0")) == 1
+        assert exit_status(tiny(tmp_path, env_id="PixelToyNan-v0")) == 1
     finally:
-        del gym.registry["ToyNan-v0"]
+        del gym.registry["PixelToyNan-v0"]
     assert_one_line(capsys, "reward", "not finite", str(ToyEnv.seeds[-1]), "checkpoint.pt")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 60
 
