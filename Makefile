@@ -24,7 +24,7 @@ opengl: .venv/installed  ## what dm_control draws with, where no display is
 	|| echo "no OpenGL, so that tests of dm_control are skipped; install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
 
 test: .venv/installed opengl  ## everything but the long learning runs
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/ruff check .
