@@ -1327,7 +1327,7 @@ def refused(capsys, tmp_path: Path, *parts: str, **changes) -> str:
         ("PixelToyBlind-v0", ["PixelToyBlind-v0", "rgb_array"]),
         ("PixelToyNoPicture-v0", ["cannot be drawn", "NoneType"]),
         ("PixelToyGray-v0", ["cannot be drawn", "a picture"]),
-        ("PixelToyFails-v0", ["could not make ToyFails-v0", "no such thing"]),
+        ("PixelToyFails-v0", ["could not make PixelToyFails-v0", "no such thing"]),
         ("PixelToyNoGL-v0", ["cannot be drawn", "libegl1"]),
         ("Pendulun-v1", ["unknown environment", "did you mean Pendulum-v1"]),
         ("qqqqqqqqqqqqqqqq-v0", ["unknown environment", "ids look like"]),
