@@ -89,6 +89,13 @@ def values(rows: list[Row], dataset: str, signal: str, step: int, column: str) -
     return np.array([float(row[column]) for row in chosen])
 
 
+def mean_and_std(column: np.ndarray) -> str:
+    """`mean ± standard deviation` over seeds, without the second part for a single one."""
+    if np.isnan(column).all():
+        return "–"
+    return f"{np.nanmean(column):.2f}" + (f" ± {np.nanstd(column):.2f}" if len(column) > 1 else "")
+
+
 def table(rows: list[Row], steps: tuple[int, ...]) -> str:
     """Mean and standard deviation over seeds, in Markdown."""
     lines = []
@@ -104,7 +111,7 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
             for signal in SIGNALS:
                 cells = [values(rows, dataset, signal, step, column) for column in COLUMNS]
                 if len(cells[0]):
-                    text = ["–" if np.isnan(c).all() else f"{np.nanmean(c):.2f} ± {np.nanstd(c):.2f}" for c in cells]
+                    text = [mean_and_std(c) for c in cells]
                     lines.append(f"| {signal} | {step:,} | {len(cells[0])} | {' | '.join(text)} |")
         lines.append("")
     return "\n".join(lines)
