@@ -156,7 +156,7 @@ def main(args: Args) -> None:
         rows = merge(args.results / f"{name}.csv", found.get(environment, []))
         text = table(rows, args.steps)
         (args.results / f"{name}.md").write_text(text)
-        title = f"plas_pixels on {environment}: means (thick) and seeds (thin)"
+        title = f"plas_pixels on {environment}\nmeans (thick) and seeds (thin)"
         draw(rows, title).savefig(args.results / f"{name}.png", dpi=110)
         print(f"{environment}\n\n{text}")
 
