@@ -294,7 +294,7 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
 
 
 def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
-    """The ablations in Markdown, each beside the unchanged script on the same seeds."""
+    """The ablations in Markdown, each beside the unchanged script on the same seeds, at the ablation's last step."""
     header = ["environment", "column", "change", "score", "unchanged, same seeds", "seeds", "steps", "each seed (seed)"]
     rows, decimals = [], PAPERS.get(script, NO_PAPERS)[3]
     for (environment, ablation), seeds in in_table_order(script, results):
@@ -302,8 +302,9 @@ def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
             continue
         column = published(script, environment).column
         scores = {seed: score(script, curve, column) for seed, curve in seeds.items()}
-        unchanged = results.get((environment, ""), {})
-        same = [score(script, unchanged[seed], column) for seed in seeds if seed in unchanged]
+        unchanged, end = results.get((environment, ""), {}), max(curve[-1, 0] for curve in seeds.values())
+        same = [curve[curve[:, 0] <= end] for seed, curve in unchanged.items() if seed in seeds]
+        same = [score(script, curve, column) for curve in same]
         rows.append([
             environment, column, ablation, mean_and_std(scores.values(), decimals),
             mean_and_std(same, decimals) if same else "–", str(len(seeds)),

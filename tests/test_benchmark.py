@@ -171,6 +171,13 @@ def test_tables_by_hand(runs, tmp_path, capsys):
     assert "hyar_td3__Platform-v0__5 (0 of 1,200 steps)" in line
 
 
+def test_a_shorter_ablation_is_compared_at_its_own_end(runs, tmp_path):
+    make_run(runs, "hyar_td3-short__Platform-v0__1", "Platform-v0", 1, curve([0.2] * 11), total=11 * STEPS)
+    short = table_rows(collect(runs, tmp_path / "results") / "ablations.md")[-1]
+    assert (short["change"], short["score"], short["steps"]) == ("short", "0.200", "1,100")
+    assert short["unchanged, same seeds"] == f"{np.mean(ramp(0.9)[1:11]):.3f}"  # without the last evaluation
+
+
 def test_results_of_several_machines_grow_together(runs, tmp_path, capsys):
     results = tmp_path / "results"
     collect(runs, results)
