@@ -20,7 +20,7 @@ table HardGoal-v0 "1 2"
 table Goal-v0 "3 4 5"
 table HardGoal-v0 "3 4 5"
 
-# Half of Platform's budget: the unchanged script is at its level there, and its first half is the same run.
+# A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
 ablation() { # name, environment, seeds, arguments
     for seed in $3; do job "hyar_td3-$1__$2__$seed" --env "$2" --seed "$seed" "${@:4}"; done
 }
@@ -33,7 +33,7 @@ ablations() { # environment, seeds, arguments
     ablation no-state-loss "$1" "$2" --state-weight 0 "${@:3}"
 }
 
-ablations Platform-v0 "1 2 3" --total-timesteps 100000
+ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "1 2 3"
 
 table CatchPoint-v0 "1"
