@@ -375,7 +375,22 @@ def measure_hyar_td3(args: Args) -> dict[str, Any]:
         f"matrix products of 128x256x256 run at {product_rate / 1e9:.0f} GFLOP/s"
     )
     roofline = {"operations_per_cycle": operations, "product_operations_per_second": product_rate}
-    return {"environments": environments, "learning": learning, "updates": updates, "roofline": roofline}
+
+    vae_batch = phase.sample(agent.args.vae_batch_size)
+
+    def vae_steps(rebuild: bool) -> Callable[[], None]:
+        """The VAE's steps with one Adam, or with a new one each, as the original code has them."""
+
+        def step() -> None:
+            agent.args.rebuild_vae_optimizer = rebuild
+            agent.update_vae(vae_batch)
+
+        return repeat(step, cycles)
+
+    seconds_of = medians(args.rounds, {"one Adam": vae_steps(False), "rebuilt Adam": vae_steps(True)})
+    vae = {name: cycles / value for name, value in seconds_of.items()}
+    print("steps of the VAE: " + ", ".join(f"{value:.0f}/s with {name}" for name, value in vae.items()))
+    return {"environments": environments, "learning": learning, "updates": updates, "roofline": roofline, "vae": vae}
 
 
 # SAC+AE --------------------------------------------------------------------------------------------------------------

@@ -390,6 +390,7 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
     ratio = figures["updates"]["plain"]["milliseconds_per_cycle"] / figures["updates"]["fast"]["milliseconds_per_cycle"]
     assert figures["updates"]["ratio"] == pytest.approx(ratio)
     assert figures["learning"]["episode_length"] >= 1.0
+    assert set(figures["vae"]) == {"one Adam", "rebuilt Adam"} and min(figures["vae"].values()) > 10.0
     printed = capsys.readouterr().out
     for words in ("environment steps/s, original 42-50", "of the roofline", "times plain", "sub-steps/s"):
         assert words in printed
