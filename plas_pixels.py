@@ -200,7 +200,7 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
         """The newest picture (3, H, W) uint8."""
         frame = self.env.render() if self.rendered else observation
         if frame.shape[:2] != self.size:
-            image = PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BOX)
+            image = PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BILINEAR)
             frame = np.asarray(image)
         return np.moveaxis(frame, 2, 0).copy()
 
@@ -432,16 +432,26 @@ class Dataset:
         return self.batch(torch.randint(len(self.rows), (batch_size,)).to(self.images.device), shift)
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
+def check_settings(path: Path, made_with: dict[str, int], env: gym.Env) -> None:
+    """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
+    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
+    other = [f"--{name.replace('_', '-')} {value}" for name, value in made_with.items() if value != here[name]]
+    if other:
+        raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
+
+
+def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     """One npz file's columns. Raises ValueError with one line if it is none, or would run code when read."""
     names = ("image", "action", "reward", "discount", "is_first", "is_terminal", "state")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in names if name in file}
+            made_with = {name: int(file[name]) for name in ("action_repeat", "frame_stack") if name in file}
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
+    check_settings(path, made_with, env)
     missing = {"image", "action", "reward"} - set(columns)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; image, action and reward are needed")
@@ -481,30 +491,32 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def load(path: Path, space: gym.Space, action_dim: int, frame_stack: int) -> tuple[Dataset, str]:
+def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
     """Read an npz file, or all of a folder in the order of their names. Returns the dataset and its sha256.
 
     Columns: `image` (M, H, W, 3) uint8, `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal`
-    (M,), `is_first` (M,) (a file without it is one episode). Raises ValueError with one line about what is wrong.
+    (M,), `is_first` (M,) (a file without it is one episode); the numbers `action_repeat` and `frame_stack` are
+    compared with those of `env`. Raises ValueError with one line about what is wrong.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise ValueError(f"there is no dataset {path}; name an npz file or a folder of them, or add --collect random")
     parts, digest = [], hashlib.sha256()
     for file in files:
-        parts.append(read_columns(file))
-        digest.update(file.read_bytes())
+        parts.append(read_columns(file, env))
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: digest)
     shapes = {(part["image"].shape[1:], part["action"].shape[1]) for part in parts}
-    expected = ((*space.shape[1:], 3), action_dim)
+    expected = (*env.observation_space.shape[1:], 3), env.action_space.shape[0]
     if shapes != {expected}:
         (image, actions), *_ = shapes - {expected}
         raise ValueError(
             f"{path} does not match the environment: images {image} and {actions} actions in the dataset, "
-            f"{expected[0]} and {action_dim} in the environment (see --image-size)"
+            f"{expected[0]} and {expected[1]} in the environment (see --image-size)"
         )
     names = ("image", "action", "reward", "discount", "is_first")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    return Dataset(columns, frame_stack), digest.hexdigest()
+    return Dataset(columns, env.frame_stack), digest.hexdigest()
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -806,10 +818,9 @@ def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], n
         trunk = [(weights[f"trunk.{i}.weight"], weights[f"trunk.{i}.bias"]) for i in (0, 2, 4)]
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
-    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
-    if seen != here or len(trunk[-1][1]) != 2 * env.action_space.shape[0]:
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in seen.items())
-        raise ValueError(f"{path} was trained with {flags} and other actions or sizes than here; use the same")
+    check_settings(path, seen, env)
+    if len(trunk[-1][1]) != 2 * env.action_space.shape[0]:
+        raise ValueError(f"{path} has {len(trunk[-1][1]) // 2} actions, the environment {env.action_space.shape[0]}")
 
     @torch.no_grad()
     def act(_: gym.Env, observation: np.ndarray) -> np.ndarray:
@@ -891,8 +902,13 @@ def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
         print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
         columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez_compressed(file, **columns))
-    return load(path, env.observation_space, env.action_space.shape[0], args.frame_stack)
+        own = path.with_name(f"{path.stem}-{os.getpid()}.npz")  # other runs may collect the same at the same time
+        write_atomically(own, lambda file: np.savez_compressed(file, action_repeat=args.action_repeat, **columns))
+        if path.exists():
+            own.unlink()
+        else:
+            own.replace(path)
+    return load(path, env)
 
 
 # --- run folder, logging, checkpoints: the same text in every script ---

@@ -444,8 +444,9 @@ class ReplayBuffer:
     """Transitions in order, their frames once each, as uint8 in a memory-mapped file.
 
     Transition i adds one frame, what is seen after it, in slot i; an episode's first frame is in a second half of the
-    slots, one for each episode, and for one that begins when the last transition has been made. A stack is put together when it is sampled: frames from before the episode's start are
-    its first frame. Slots are used in turns; the file has holes where nothing was written.
+    slots, one for each episode and one for that which begins after the last transition. A stack is put together when it
+    is sampled: frames from before the episode's start are its first frame. Slots are used in turns; the file has holes
+    where nothing was written.
 
     There are `reserve` slots more than can be sampled: as many transitions as there are between two checkpoints do not
     touch what the last checkpoint counts on.
