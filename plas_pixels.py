@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
@@ -200,15 +200,12 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
         """The newest picture (3, H, W) uint8."""
         frame = self.env.render() if self.rendered else observation
         if frame.shape[:2] != self.size:
-            image = PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BILINEAR)
-            frame = np.asarray(image)
+            frame = np.asarray(PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BILINEAR))
         return np.moveaxis(frame, 2, 0).copy()
 
     def info(self, observation: Any, info: dict[str, Any]) -> dict[str, Any]:
         """`info` with `state` (S,) float64."""
-        if "state" not in info:
-            info["state"] = gym.spaces.flatten(self.env.observation_space, observation)
-        return info
+        return {"state": gym.spaces.flatten(self.env.observation_space, observation), **info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Any]:
         """The first picture, as often as the stack is high."""
@@ -242,9 +239,8 @@ def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
             import shimmy  # noqa: F401  (registers dm_control's tasks)
 
-            options["render_kwargs"] = {
-                "width": args.image_size, "height": args.image_size, "camera_id": args.camera_id or 0,
-            }  # fmt: skip
+            size = args.image_size
+            options["render_kwargs"] = {"width": size, "height": size, "camera_id": args.camera_id or 0}
         env = gym.make(args.env_id, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
@@ -255,13 +251,12 @@ def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
     if args.env_id.startswith("dm_control/"):
         # Where pictures are rendered in software, most of the time goes into shadows and an unused large buffer.
         visual = env.unwrapped._env.physics.model.vis
-        visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, *[args.image_size] * 2
+        visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, size, size
     env = PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
     if video_folder is None:
         return env
-    return gym.wrappers.RecordVideo(
-        env, str(video_folder), episode_trigger=lambda _: True, name_prefix="evaluation", disable_logger=True
-    )
+    options = {"episode_trigger": lambda _: True, "name_prefix": "evaluation", "disable_logger": True}
+    return gym.wrappers.RecordVideo(env, str(video_folder), **options)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -442,7 +437,7 @@ def check_settings(path: Path, made_with: dict[str, int], env: gym.Env) -> None:
 
 def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     """One npz file's columns. Raises ValueError with one line if it is none, or would run code when read."""
-    names = ("image", "action", "reward", "discount", "is_first", "is_terminal", "state")
+    names = ("image", "action", "reward", "discount", "is_first", "is_terminal")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in names if name in file}
@@ -452,43 +447,37 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
     check_settings(path, made_with, env)
+    check_settings(path, made_with, env)
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"{path}{message}")
+
     missing = {"image", "action", "reward"} - set(columns)
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; image, action and reward are needed")
-    rows = len(columns["image"])
-    if columns["image"].dtype != np.uint8 or columns["image"].ndim != 4 or columns["image"].shape[3] != 3:
-        shape = columns["image"].shape
-        raise ValueError(
-            f"{path}: image (rows, height, width, 3) of uint8 expected, got {columns['image'].dtype} {shape}"
-        )
+    need(not missing, f" lacks {', '.join(sorted(missing))}; image, action and reward are needed")
+    image, action, rows = columns["image"], columns["action"], len(columns["image"])
+    expected = f"image (rows, height, width, 3) of uint8 expected, got {image.dtype} {image.shape}"
+    need(image.dtype == np.uint8 and image.ndim == 4 and image.shape[3] == 3, f": {expected}")
     for name, values in columns.items():
-        if len(values) != rows:
-            raise ValueError(f"{path}: {name} has {len(values)} rows, image has {rows}")
-    if columns["action"].ndim != 2:
-        raise ValueError(f"{path}: action (rows, size) expected, got {columns['action'].shape}")
-    if "is_first" not in columns:  # one episode a file, as in V-D4RL
-        columns["is_first"] = np.arange(rows) == 0
-    columns["is_first"] = columns["is_first"].astype(bool).reshape(rows)
-    if not rows or not columns["is_first"][0]:
-        raise ValueError(f"{path}: the first row of an episode expected at the start, is_first is false there")
-    columns["reward"] = columns["reward"].reshape(rows)
-    if "discount" not in columns:
-        columns["discount"] = 1.0 - columns.get("is_terminal", np.zeros(rows)).reshape(rows)
-    columns["discount"] = columns["discount"].reshape(rows)
-    # Some first rows hold nan, since nothing led to them.
-    led = ~columns["is_first"]
-    for name in ("action", "reward", "discount"):
-        bad = ~np.isfinite(columns[name][led]).reshape(int(led.sum()), -1).all(1)
-        if bad.any():
-            raise ValueError(f"{path}: {int(bad.sum())} of {len(bad)} values of {name} are not finite")
-    short = np.diff(columns["is_first"].nonzero()[0], append=rows) < 2
-    if short.any():
-        raise ValueError(f"{path}: {int(short.sum())} episodes have a length of 0; leave them out")
-    outside = np.abs(columns["action"][led]).max() - 1.0
-    if outside > 1e-4:
-        count = int((np.abs(columns["action"][led]) > 1.0 + 1e-4).any(1).sum())
-        raise ValueError(f"{path}: {count} actions are outside of [-1, 1], by up to {outside:.3g}; rescale them")
-    return columns
+        need(len(values) == rows, f": {name} has {len(values)} rows, image has {rows}")
+    need(action.ndim == 2, f": action (rows, size) expected, got {action.shape}")
+    theirs, ours = (image.shape[1:], action.shape[1]), ((*env.observation_space.shape[1:], 3), *env.action_space.shape)
+    both = f"images {theirs[0]} and {theirs[1]} actions in the dataset, {ours[0]} and {ours[1]} in the environment"
+    need(theirs == ours, f" does not match the environment: {both} (see --image-size)")
+    first = columns.get("is_first", np.arange(rows) == 0).astype(bool).reshape(rows)  # V-D4RL: one episode a file
+    need(rows > 0 and first[0], ": the first row of an episode expected at the start, is_first is false there")
+    short = int((np.diff(first.nonzero()[0], append=rows) < 2).sum())
+    need(not short, f": {short} episodes have a length of 0; leave them out")
+    terminal = columns.get("is_terminal", np.zeros(rows))
+    discount = columns.get("discount", 1.0 - terminal).reshape(rows)
+    columns = {"action": action, "reward": columns["reward"].reshape(rows), "discount": discount}
+    for name, values in columns.items():  # some first rows hold nan, since nothing led to them
+        bad = ~np.isfinite(values[~first]).reshape(rows - first.sum(), -1).all(1)
+        need(not bad.any(), f": {int(bad.sum())} of {len(bad)} values of {name} are not finite")
+    beyond = np.abs(action[~first]).max(1) - 1.0
+    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
+    need(beyond.max() <= 1e-4, f": {outside}")
+    return {"image": image, "is_first": first, **columns}
 
 
 def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
@@ -506,16 +495,7 @@ def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
         parts.append(read_columns(file, env))
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
-    shapes = {(part["image"].shape[1:], part["action"].shape[1]) for part in parts}
-    expected = (*env.observation_space.shape[1:], 3), env.action_space.shape[0]
-    if shapes != {expected}:
-        (image, actions), *_ = shapes - {expected}
-        raise ValueError(
-            f"{path} does not match the environment: images {image} and {actions} actions in the dataset, "
-            f"{expected[0]} and {expected[1]} in the environment (see --image-size)"
-        )
-    names = ("image", "action", "reward", "discount", "is_first")
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Dataset(columns, env.frame_stack), digest.hexdigest()
 
 
@@ -529,28 +509,27 @@ class PLAS:
         channels, *size = env.observation_space.shape
         (self.action_dim,) = env.action_space.shape
         shape = channels, tuple(size), args.num_layers, args.num_filters
-        self.encoder = Encoder(*shape, args.feature_dim).to(device)
+        self.encoder = Encoder(*shape, args.feature_dim)
         # The VAE's own view with `separate`; else the same network, so that one pass serves both.
         separate = args.encoder_signal == "separate"
-        self.vae_encoder = Encoder(*shape, args.feature_dim).to(device) if separate else self.encoder
-        self.picture_decoder = None
-        if "reconstruction" in self.signals:
-            self.picture_decoder = PictureDecoder(self.encoder, *shape).to(device)
-        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim).to(device)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim).to(device)
+        self.vae_encoder = Encoder(*shape, args.feature_dim) if separate else self.encoder
+        self.picture_decoder = PictureDecoder(self.encoder, *shape) if "reconstruction" in self.signals else None
+        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim)
+        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim)
         self.policy = LatentPolicy(args.feature_dim, self.vae.latent_dim, args.hidden_dim, args.max_latent_action)
-        self.policy = self.policy.to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
+        for module in self.modules().values():
+            module.to(device)
 
-        def adam(modules: list[nn.Module], rate: float) -> torch.optim.Adam:
+        def adam(rate: float, *modules: nn.Module) -> torch.optim.Adam:
             return torch.optim.Adam([p for m in modules for p in m.parameters()], lr=rate, fused=True)
 
         views = [self.encoder, *[self.vae_encoder] * separate, *[self.picture_decoder] * bool(self.picture_decoder)]
-        self.encoder_optimizer = adam(views, args.learning_rate) if self.signals else None  # none: it stays as drawn
-        self.critic_optimizer = adam([self.critic], args.learning_rate)
-        self.vae_optimizer = adam([self.vae], args.learning_rate)
-        self.policy_optimizer = adam([self.policy], args.policy_learning_rate)
+        self.encoder_optimizer = adam(args.learning_rate, *views) if self.signals else None  # none: it stays as drawn
+        self.critic_optimizer = adam(args.learning_rate, self.critic)
+        self.vae_optimizer = adam(args.learning_rate, self.vae)
+        self.policy_optimizer = adam(args.policy_learning_rate, self.policy)
         self.online = [*self.critic.parameters(), *self.policy.parameters()]  # in the order of self.targets
         self.targets = [*self.target_critic.parameters(), *self.target_policy.parameters()]
 
@@ -566,29 +545,31 @@ class PLAS:
             noise["candidates"] = torch.randn(batch_size, self.args.candidates, latent, device=self.device)
         return noise
 
-    def candidate_actions(self, feature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled actions (B * N, A) and the features (B * N, F) of their states; `noise` (B, N, L) standard normal.
+    def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (B, F) that critics and policy read, and those that the VAE reads: mostly the same ones."""
+        feature = self.encoder(pictures)
+        return feature, feature if self.vae_encoder is self.encoder else self.vae_encoder(pictures)
 
-        BCQ's code clips these latents to [-0.5, 0.5], so that they decode to what the data holds.
+    def proposals(self, pictures: Tensor, policy: LatentPolicy, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Actions (B * N, A) to choose from, and the features (B * N, F) of their states: the policy's alone (N = 1).
+
+        With `--policy argmax` N sampled ones; `noise` (B, N, L) is standard normal. BCQ's code clips these latents to
+        [-0.5, 0.5], so that they decode to what the data holds.
         """
-        features = feature.repeat_interleave(noise.shape[1], 0)
-        return self.vae.decode(features, noise.flatten(0, 1).clamp(-0.5, 0.5)), features
+        feature, vae_feature = self.views(pictures)
+        if noise is None:
+            return self.vae.decode(vae_feature, policy(feature)), feature
+        feature, vae_feature = (view.repeat_interleave(noise.shape[1], 0) for view in (feature, vae_feature))
+        return self.vae.decode(vae_feature, noise.flatten(0, 1).clamp(-0.5, 0.5)), feature
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: dict[str, Tensor]) -> Tensor:
         """The critics' target (B,): a weighted minimum of both target values (BCQ, equation 13)."""
-        args = self.args
-        feature = vae_feature = self.encoder(batch.next_observation)
-        if self.vae_encoder is not self.encoder:
-            vae_feature = self.vae_encoder(batch.next_observation)
-        if args.policy == "latent":
-            value = self.target_critic(feature, self.vae.decode(vae_feature, self.target_policy(feature)))
-        else:
-            action, _ = self.candidate_actions(vae_feature, noise["candidates"])
-            value = self.target_critic(feature.repeat_interleave(args.candidates, 0), action)
-        mixed = args.soft_minimum * value.amin(0) + (1.0 - args.soft_minimum) * value.amax(0)
+        action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
+        value, weight = self.target_critic(feature, action), self.args.soft_minimum
+        mixed = weight * value.amin(0) + (1.0 - weight) * value.amax(0)
         best = mixed.view(len(batch.reward), -1).amax(1)  # of the candidates, where there are any
-        return batch.reward + args.gamma * batch.discount * best
+        return batch.reward + self.args.gamma * batch.discount * best
 
     def critic_loss(self, feature: Tensor, batch: Batch, target: Tensor) -> Tensor:
         """Both critics' mean squared error."""
@@ -613,24 +594,20 @@ class PLAS:
         with self.autocast():
             target = None if pretraining else self.critic_target(batch, noise)
             with torch.set_grad_enabled(bool(self.signals)):
-                feature = vae_feature = self.encoder(batch.observation)
-                if self.vae_encoder is not self.encoder:
-                    vae_feature = self.vae_encoder(batch.observation)
-            loss, error, kl = self.vae_loss(
-                vae_feature if "vae" in self.signals else vae_feature.detach(), batch, noise["vae"]
-            )
+                feature, vae_feature = self.views(batch.observation)
+            vae_input = vae_feature if "vae" in self.signals else vae_feature.detach()
+            loss, error, kl = self.vae_loss(vae_input, batch, noise["vae"])
             losses = {"vae": loss, "vae_action": error, "vae_kl": kl}
             if self.picture_decoder is not None:
                 wanted = batch.observation / 255.0 - 0.5
                 losses["reconstruction"] = F.mse_loss(self.picture_decoder(feature), wanted)
                 loss = loss + losses["reconstruction"]
             if not pretraining:
-                losses["td"] = self.critic_loss(
-                    feature if "critic" in self.signals else feature.detach(), batch, target
-                )
+                critic_input = feature if "critic" in self.signals else feature.detach()
+                losses["td"] = self.critic_loss(critic_input, batch, target)
                 loss = loss + losses["td"]
-        optimizers = [self.vae_optimizer]
-        optimizers += [self.encoder_optimizer] * bool(self.signals) + [self.critic_optimizer] * (not pretraining)
+        optimizers = [self.vae_optimizer, *[self.encoder_optimizer] * bool(self.signals)]
+        optimizers += [self.critic_optimizer] * (not pretraining)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -665,39 +642,28 @@ class PLAS:
         with torch.random.fork_rng([]):
             noise = self.draw_noise(len(batch.reward))
         with self.autocast():
-            target = self.critic_target(batch, noise)
-            losses = {
-                "critic": (self.critic_loss(self.encoder(batch.observation), batch, target), self.encoder),
-                "vae": (self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])[0], self.vae_encoder),
-            }
-        gradients = {
-            name: torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(encoder.parameters()))])
-            for name, (loss, encoder) in losses.items()
-        }
-        result = {f"charts/encoder_gradient_{name}": float(value.norm()) for name, value in gradients.items()}
+            critic_loss = self.critic_loss(self.encoder(batch.observation), batch, self.critic_target(batch, noise))
+            vae_loss, _, _ = self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])
+        gradients, result = [], {}
+        for name, loss, encoder in (("critic", critic_loss, self.encoder), ("vae", vae_loss, self.vae_encoder)):
+            parts = torch.autograd.grad(loss, list(encoder.parameters()))
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+            result[f"charts/encoder_gradient_{name}"] = float(gradients[-1].norm())
         if self.vae_encoder is self.encoder:
-            cosine = F.cosine_similarity(gradients["critic"], gradients["vae"], 0)
-            result["charts/encoder_gradient_cosine"] = float(cosine)
+            result["charts/encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients, 0))
         return result
 
     @torch.no_grad()
     def act(self, observation: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Actions (N, A) for pictures (N, C, H, W) uint8, and the first critic's values (N,) of them."""
-        pictures = torch.from_numpy(observation).to(self.device)
+        count, noise = len(observation), None
+        if self.args.policy == "argmax":
+            shape = count, self.args.acting_candidates, self.vae.latent_dim
+            noise = torch.randn(shape, generator=generator).to(self.device)
         with self.autocast():
-            feature = vae_feature = self.encoder(pictures)
-            if self.vae_encoder is not self.encoder:
-                vae_feature = self.vae_encoder(pictures)
-            if self.args.policy == "latent":
-                action = self.vae.decode(vae_feature, self.policy(feature))
-                value = self.critic.first(feature, action)
-            else:
-                count = self.args.acting_candidates
-                noise = torch.randn(len(pictures), count, self.vae.latent_dim, generator=generator).to(self.device)
-                actions, _ = self.candidate_actions(vae_feature, noise)
-                values = self.critic.first(feature.repeat_interleave(count, 0), actions).view(-1, count)
-                value, best = values.max(1)
-                action = actions.view(len(pictures), count, -1)[torch.arange(len(pictures)), best]
+            action, feature = self.proposals(torch.from_numpy(observation).to(self.device), self.policy, noise)
+            value, best = self.critic.first(feature, action).view(count, -1).max(1)
+        action = action.view(count, -1, self.action_dim)[torch.arange(count), best]
         return action.cpu().numpy(), value.cpu().numpy()
 
     @torch.no_grad()
@@ -717,17 +683,15 @@ class PLAS:
 
     def modules(self) -> dict[str, nn.Module]:
         """All networks by name."""
-        names = ["encoder", "critic", "target_critic", "vae", "policy", "target_policy"]
-        names += ["vae_encoder"] * (self.vae_encoder is not self.encoder)
-        names += ["picture_decoder"] * (self.picture_decoder is not None)
-        return {name: getattr(self, name) for name in names}
+        named = {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+        if self.vae_encoder is self.encoder:
+            del named["vae_encoder"]
+        return named
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        names = ["critic_optimizer", "vae_optimizer", "policy_optimizer"]
-        names += ["encoder_optimizer"] * (self.encoder_optimizer is not None)
-        optimizers = {name: getattr(self, name).state_dict() for name in names}
-        return {name: module.state_dict() for name, module in self.modules().items()} | optimizers
+        optimizers = {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
+        return {name: part.state_dict() for name, part in {**self.modules(), **optimizers}.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s, or a model file's, which has no optimizers."""
@@ -746,35 +710,31 @@ def evaluate(agent: PLAS, environments: list[gym.Env], seed: int) -> dict[str, f
     """
     generator = torch.Generator().manual_seed(seed)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
-    rewards: list[list[float]] = [[] for _ in environments]
-    values: list[list[float]] = [[] for _ in environments]
-    ended = [False] * len(environments)
-    active = list(range(len(environments)))
+    traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
+    ended, active = [False] * len(environments), list(range(len(environments)))
     while active:
-        actions, estimates = agent.act(np.stack([observations[i] for i in active]), generator)
+        actions, values = agent.act(np.stack([observations[i] for i in active]), generator)
         running = []
-        for i, action, value in zip(active, actions, estimates.tolist(), strict=True):
-            observations[i], reward, terminated, truncated, _ = environments[i].step(action)
-            rewards[i].append(reward)
-            values[i].append(value)
-            ended[i] = terminated
-            if not (terminated or truncated):
+        for i, action, value in zip(active, actions, values.tolist(), strict=True):
+            observations[i], reward, ended[i], truncated, _ = environments[i].step(action)
+            traces[i].append((value, reward))
+            if not (ended[i] or truncated):
                 running.append(i)
         active = running
     horizon = math.log(0.1) / math.log(agent.args.gamma) if 0.0 < agent.args.gamma < 1.0 else 1.0
     pairs, starts = [], []
-    for reward, value, terminal in zip(rewards, values, ended, strict=True):
+    for trace, terminal in zip(traces, ended, strict=True):
         following = 0.0
-        for left, (r, q) in enumerate(zip(reversed(reward), reversed(value), strict=True), start=1):
-            following = r + agent.args.gamma * following
+        for left, (value, reward) in enumerate(reversed(trace), start=1):
+            following = reward + agent.args.gamma * following
             if terminal or left >= horizon:
-                pairs.append((q, following))
-        starts.append((value[0], following))
-    returns = np.array([sum(reward) for reward in rewards])
+                pairs.append((value, following))
+        starts.append((value, following))  # the loop ends with the first step
+    returns = np.array([sum(reward for _, reward in trace) for trace in traces])
     result = {
         "episodic_return": float(returns.mean()),
         "return_std": float(returns.std()),
-        "episodic_length": float(np.mean([len(reward) for reward in rewards])),
+        "episodic_length": float(np.mean([len(trace) for trace in traces])),
     }
     for name, compared in (("q", pairs), ("q_start", starts)):
         estimate, truth = np.array(compared or [(math.nan, math.nan)]).T
@@ -815,29 +775,26 @@ def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], n
         model = torch.load(path, map_location="cpu", weights_only=True)
         weights, theirs = model["actor"], json.loads(model["arguments"])
         seen = {name: theirs[name] for name in ("image_size", "frame_stack", "action_repeat")}
-        trunk = [(weights[f"trunk.{i}.weight"], weights[f"trunk.{i}.bias"]) for i in (0, 2, 4)]
+        actions = len(weights["trunk.4.bias"]) // 2
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
     check_settings(path, seen, env)
-    if len(trunk[-1][1]) != 2 * env.action_space.shape[0]:
-        raise ValueError(f"{path} has {len(trunk[-1][1]) // 2} actions, the environment {env.action_space.shape[0]}")
+    if actions != env.action_space.shape[0]:
+        raise ValueError(f"{path} has {actions} actions, the environment {env.action_space.shape[0]}")
+
+    def layer(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
     @torch.no_grad()
     def act(_: gym.Env, observation: np.ndarray) -> np.ndarray:
         hidden = torch.from_numpy(observation)[None] / 255.0
         for i in range(theirs["num_layers"]):
-            hidden = F.conv2d(
-                hidden, weights[f"encoder.convs.{i}.weight"], weights[f"encoder.convs.{i}.bias"], 2 - (i > 0)
-            )
-            hidden = F.relu(hidden)
-        hidden = F.linear(
-            hidden.permute(0, 2, 3, 1).flatten(1), weights["encoder.fc.weight"], weights["encoder.fc.bias"]
-        )
-        norm = weights["encoder.ln.weight"], weights["encoder.ln.bias"]
-        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *norm))
-        for layer in trunk[:-1]:
-            hidden = F.relu(F.linear(hidden, *layer))
-        return torch.tanh(F.linear(hidden, *trunk[-1]).chunk(2, 1)[0])[0].numpy()
+            hidden = F.relu(F.conv2d(hidden, *layer(f"encoder.convs.{i}"), stride=1 if i else 2))
+        hidden = F.linear(hidden.permute(0, 2, 3, 1).flatten(1), *layer("encoder.fc"))
+        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *layer("encoder.ln")))
+        for name in ("trunk.0", "trunk.2"):
+            hidden = F.relu(F.linear(hidden, *layer(name)))
+        return torch.tanh(F.linear(hidden, *layer("trunk.4")).chunk(2, 1)[0])[0].numpy()
 
     return act
 
@@ -864,24 +821,28 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     return sac_ae_policy(Path(name), env)
 
 
+def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
+    """The rows of one episode, of at most `longest` steps, in the order of `collect`'s columns."""
+    observation, info = env.reset(seed=seed)
+    yield observation[-3:], np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
+    length, done = 0, False
+    while not done:
+        action = act(env, observation)
+        observation, reward, terminated, truncated, info = env.step(action)
+        yield observation[-3:], action, reward, 1.0 - terminated, False, info["state"]
+        length += 1
+        done = terminated or truncated or length >= longest
+
+
 def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = math.inf) -> dict[str, np.ndarray]:
     """Play episodes, of at most `longest` steps, for at least `steps` steps in all.
 
     Returns columns as `load` describes them, and `state` (M, S).
     """
-    act = behaviour(policy, np.random.default_rng(seed), env)
-    rows: list[tuple] = []
-    episode = taken = 0
-    while taken < steps:
-        observation, info = env.reset(seed=episode_seed(seed, episode, stream=4))
-        action, length, done, episode = np.zeros(env.action_space.shape, np.float32), 0, False, episode + 1
-        rows.append((observation[-3:], action, 0.0, 1.0, True, info["state"]))
-        while not done:
-            action = act(env, observation)
-            observation, reward, terminated, truncated, info = env.step(action)
-            rows.append((observation[-3:], action, reward, 1.0 - terminated, False, info["state"]))
-            taken, length = taken + 1, length + 1
-            done = terminated or truncated or length >= longest
+    act, rows, episode = behaviour(policy, np.random.default_rng(seed), env), [], 0
+    while len(rows) - episode < steps:  # an episode has a row more than steps
+        rows += play(env, act, episode_seed(seed, episode, stream=4), longest)
+        episode += 1
     image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
     return {
         "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
@@ -1157,13 +1118,9 @@ def resolve(args: Args) -> Args:
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    at_least_one = {
-        "checkpoint_frequency", "eval_frequency", "eval_episodes", "collect_steps", "total_timesteps", "batch_size",
-        "candidates", "acting_candidates", "image_size", "action_repeat", "frame_stack", "num_layers", "num_filters",
-        "feature_dim", "hidden_dim",
-    }  # fmt: skip
+    may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
     for name, value in asdict(args).items():
-        least = 1 if name in at_least_one else 0
+        least = 1 if type(value) is int and name not in may_be_zero else 0
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
     for name in ("gamma", "tau", "soft_minimum"):
@@ -1185,14 +1142,8 @@ def reference_levels(env: gym.Env, dataset: Dataset, episodes: int, seed: int) -
     for name in ("random", "expert"):
         with contextlib.suppress(ValueError):  # no expert
             act = behaviour(name, np.random.default_rng(seed), env)
-            returns = []
-            for i in range(episodes):
-                observation, total, done = env.reset(seed=episode_seed(seed, i, stream=1))[0], 0.0, False
-                while not done:
-                    observation, reward, terminated, truncated, _ = env.step(act(env, observation))
-                    total, done = total + reward, terminated or truncated
-                returns.append(total)
-            levels[name] = float(np.mean(returns))
+            played = [play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes)]
+            levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played]))
     return levels
 
 

@@ -497,7 +497,7 @@ def test_the_best_of_the_candidates_is_chosen(env, columns):
     action, value = agent.act(batch.observation.numpy(), torch.Generator().manual_seed(2))
     noise = torch.randn(8, 7, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        actions, features = agent.candidate_actions(agent.encoder(batch.observation), noise)
+        actions, features = agent.proposals(batch.observation, agent.policy, noise)
         values = agent.critic.first(features, actions).view(8, 7)
     assert np.allclose(value, values.max(1).values) and np.allclose(
         action, actions.view(8, 7, 2)[torch.arange(8), values.argmax(1)]
