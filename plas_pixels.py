@@ -149,9 +149,7 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" holds what 
     },
     # The paper's table of SAC+AE, which these tasks are usually compared by.
     "dm_control/cartpole": {"action_repeat": 8},
-    "dm_control/reacher": {"action_repeat": 4},
-    "dm_control/cheetah": {"action_repeat": 4},
-    "dm_control/ball_in_cup": {"action_repeat": 4},
+    **{f"dm_control/{name}": {"action_repeat": 4} for name in ("reacher", "cheetah", "ball_in_cup")},
     "dm_control/quadruped": {"camera_id": 2},
     "": {
         "gamma": 0.99, "batch_size": 128, "action_repeat": 2, "frame_stack": 3, "random_shift": 4,
@@ -179,12 +177,10 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
 
     def __init__(self, env: gym.Env, image_size: int, action_repeat: int, frame_stack: int) -> None:
         """Raises ValueError, with what was expected, if it has no Box actions or no pictures."""
-        super().__init__(env)
+        super().__init__(gym.wrappers.RepeatAction(env, action_repeat))
         space = env.action_space
-        if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"plas_pixels needs a Box action space, got {space}")
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(f"bounded actions expected, got {space}; wrap it with finite bounds")
+        if not (isinstance(space, gym.spaces.Box) and np.isfinite([space.low, space.high]).all()):
+            raise ValueError(f"plas_pixels needs a Box action space with finite bounds, got {space}")
         self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
         own = env.observation_space
         self.rendered = not (isinstance(own, gym.spaces.Box) and own.dtype == np.uint8 and own.shape[2:] == (3,))
@@ -216,14 +212,10 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeat an action (A,) in [-1, 1]; the reward is the sum."""
         scaled = self.low + (self.high - self.low) * (action.reshape(self.low.shape).astype(np.float64) + 1.0) / 2.0
-        scaled, total = scaled.clip(self.low, self.high).astype(self.env.action_space.dtype), 0.0
-        for _ in range(self.action_repeat):
-            observation, reward, terminated, truncated, info = self.env.step(scaled)
-            total += float(reward)
-            if terminated or truncated:
-                break
+        scaled = scaled.clip(self.low, self.high).astype(self.env.action_space.dtype)
+        observation, reward, terminated, truncated, info = self.env.step(scaled)
         self.frames = [*self.frames[1:], self.picture(observation)]
-        return np.concatenate(self.frames), total, terminated, truncated, self.info(observation, info)
+        return np.concatenate(self.frames), float(reward), terminated, truncated, self.info(observation, info)
 
     def render(self) -> np.ndarray:
         """What the agent sees last, enlarged to at least 256 pixels, for videos."""
@@ -231,7 +223,7 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
         return np.moveaxis(self.frames[-1], 0, 2).repeat(times, 0).repeat(times, 1)
 
 
-def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
+def make_env(args: Args) -> PixelEnv:
     """Make the environment of `args`. Raises ValueError with one line, if it is unknown or does not fit."""
     options: dict[str, Any] = {"render_mode": "rgb_array"}
     try:
@@ -252,17 +244,14 @@ def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
         # Where pictures are rendered in software, most of the time goes into shadows and an unused large buffer.
         visual = env.unwrapped._env.physics.model.vis
         visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, size, size
-    env = PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
-    if video_folder is None:
-        return env
-    options = {"episode_trigger": lambda _: True, "name_prefix": "evaluation", "disable_logger": True}
-    return gym.wrappers.RecordVideo(env, str(video_folder), **options)
+    return PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
-def two_layers(inputs: int, hidden: int) -> list[nn.Module]:
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
-    return [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    hidden_layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*hidden_layers, nn.Linear(hidden, outputs))
 
 
 class Encoder(nn.Module):
@@ -274,10 +263,9 @@ class Encoder(nn.Module):
         self.map = [(side - 3) // 2 + 1 - 2 * (layers - 1) for side in size]
         if min(self.map) < 1:
             raise ValueError(f"pictures of {size[0]} x {size[1]} are too small for --num-layers {layers}; take fewer")
-        convolutions: list[nn.Module] = [nn.Conv2d(channels, filters, 3, stride=2), nn.ReLU()]
-        for _ in range(layers - 1):
-            convolutions += [nn.Conv2d(filters, filters, 3), nn.ReLU()]
-        self.convolutions = nn.Sequential(*convolutions)
+        first = nn.Conv2d(channels, filters, 3, stride=2), nn.ReLU()
+        inner = [part for _ in range(layers - 1) for part in (nn.Conv2d(filters, filters, 3), nn.ReLU())]
+        self.convolutions = nn.Sequential(*first, *inner)
         self.head = nn.Sequential(nn.Linear(filters * math.prod(self.map), feature_dim), nn.LayerNorm(feature_dim))
         self.to(memory_format=torch.channels_last)
 
@@ -294,13 +282,10 @@ class PictureDecoder(nn.Module):
         super().__init__()
         self.shape = (filters, *encoder.map)
         self.head = nn.Linear(encoder.head[0].out_features, math.prod(self.shape))
-        convolutions: list[nn.Module] = []
-        for _ in range(layers - 1):
-            convolutions += [nn.ConvTranspose2d(filters, filters, 3), nn.ReLU()]
         odd = tuple(1 - side % 2 for side in size)  # an even side loses a pixel on the way in
-        self.convolutions = nn.Sequential(
-            *convolutions, nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
-        )
+        inner = [part for _ in range(layers - 1) for part in (nn.ConvTranspose2d(filters, filters, 3), nn.ReLU())]
+        last = nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
+        self.convolutions = nn.Sequential(*inner, last)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The pictures."""
@@ -314,10 +299,8 @@ class ActorVAE(nn.Module):
         """The latent has twice the action's size, as in BCQ's code."""
         super().__init__()
         self.latent_dim = 2 * action_dim
-        self.encoder = nn.Sequential(
-            *two_layers(feature_dim + action_dim, hidden), nn.Linear(hidden, 2 * self.latent_dim)
-        )
-        self.decoder = nn.Sequential(*two_layers(feature_dim + self.latent_dim, hidden), nn.Linear(hidden, action_dim))
+        self.encoder = mlp(feature_dim + action_dim, hidden, 2 * self.latent_dim)
+        self.decoder = mlp(feature_dim + self.latent_dim, hidden, action_dim)
 
     def decode(self, feature: Tensor, latent: Tensor) -> Tensor:
         """Actions (B, A) in (-1, 1)."""
@@ -337,7 +320,7 @@ class LatentPolicy(nn.Module):
         """`bound` keeps z where the VAE's prior has mass."""
         super().__init__()
         self.bound = bound
-        self.network = nn.Sequential(*two_layers(feature_dim, hidden), nn.Linear(hidden, latent_dim))
+        self.network = mlp(feature_dim, hidden, latent_dim)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The latent action of each state."""
@@ -350,9 +333,8 @@ class Critic(nn.Module):
     def __init__(self, feature_dim: int, action_dim: int, hidden: int) -> None:
         """Each has two hidden layers."""
         super().__init__()
-        inputs = feature_dim + action_dim
-        self.q1 = nn.Sequential(*two_layers(inputs, hidden), nn.Linear(hidden, 1))
-        self.q2 = nn.Sequential(*two_layers(inputs, hidden), nn.Linear(hidden, 1))
+        self.q1 = mlp(feature_dim + action_dim, hidden, 1)
+        self.q2 = mlp(feature_dim + action_dim, hidden, 1)
 
     def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Both values (2, B)."""
@@ -375,6 +357,18 @@ class Batch(NamedTuple):
     discount: Tensor
 
 
+def shifted(pictures: Tensor, offsets: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) moved up and left by offsets (2, B, 1), the pixels of an edge repeated, as DrQ does.
+
+    Without making a larger picture: rows and columns out of range are clamped.
+    """
+    (count, _, height, width), device = pictures.shape, pictures.device
+    rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)
+    columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)
+    each = torch.arange(count, device=device)[:, None, None]
+    return pictures[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 class Dataset:
     """Transitions from pixels, each picture held once as uint8.
 
@@ -389,13 +383,12 @@ class Dataset:
         start = first.repeat(np.diff(first, append=len(columns["is_first"])))  # the first row of each row's episode
         rows = (~columns["is_first"]).nonzero()[0]
         self.starts, self.rows = first, torch.from_numpy(rows)
-        history = np.arange(-frame_stack, 1)  # the stack before the action, and one more picture after it
-        self.frames = torch.from_numpy(np.maximum(rows[:, None] + history, start[rows][:, None]))
+        # The stack before the action, and one more picture after it.
+        self.frames = torch.from_numpy(np.maximum(rows[:, None] + np.arange(-frame_stack, 1), start[rows][:, None]))
         self.action = torch.from_numpy(columns["action"][rows].astype(np.float32))
         self.reward = torch.from_numpy(columns["reward"][rows].astype(np.float32))
         self.discount = torch.from_numpy(columns["discount"][rows].astype(np.float32))
         self.returns = np.add.reduceat(np.where(columns["is_first"], 0.0, columns["reward"]), first)
-        self.frame_stack = frame_stack
 
     def to(self, device: torch.device) -> "Dataset":
         """Move all to a device, once."""
@@ -405,21 +398,11 @@ class Dataset:
 
     def batch(self, index: Tensor, shift: int = 0) -> Batch:
         """The transitions `index` (B,); with `shift`, observation and next observation are each shifted at random."""
-        frames = self.frames[index]
-        count, (height, width), device = len(index), self.images.shape[2:], index.device
-        pictures = self.images[frames].flatten(1, 2)  # (B, (k + 1) * 3, H, W): one gather for both
-        channels = pictures.shape[1] - 3
-        pair = [pictures[:, :channels], pictures[:, 3:]]
+        pictures = self.images[self.frames[index]].flatten(1, 2)  # (B, (k + 1) * 3, H, W): one gather for both
+        pair = [pictures[:, :-3], pictures[:, 3:]]
         if shift:
-            # An edge of repeated pixels, without making it: out-of-range rows and columns are clamped (DrQ).
-            offsets = torch.randint(-shift, shift + 1, (2, 2, count, 1), device=device)
-            rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)
-            columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)
-            each = torch.arange(count, device=device)[:, None, None]
-            pair = [
-                picture[each, :, rows[i][:, :, None], columns[i][:, None, :]].permute(0, 3, 1, 2)
-                for i, picture in enumerate(pair)
-            ]
+            offsets = torch.randint(-shift, shift + 1, (2, 2, len(index), 1), device=index.device)
+            pair = [shifted(picture, offsets[:, i]) for i, picture in enumerate(pair)]
         return Batch(pair[0], self.action[index], self.reward[index], pair[1], self.discount[index])
 
     def sample(self, batch_size: int, shift: int) -> Batch:
@@ -427,10 +410,10 @@ class Dataset:
         return self.batch(torch.randint(len(self.rows), (batch_size,)).to(self.images.device), shift)
 
 
-def check_settings(path: Path, made_with: dict[str, int], env: gym.Env) -> None:
+def check_settings(path: Path, made_with: dict[str, Any], env: gym.Env) -> None:
     """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
     here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
-    other = [f"--{name.replace('_', '-')} {value}" for name, value in made_with.items() if value != here[name]]
+    other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
     if other:
         raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
 
@@ -446,7 +429,6 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
-    check_settings(path, made_with, env)
     check_settings(path, made_with, env)
 
     def need(holds: bool, message: str) -> None:
@@ -596,21 +578,18 @@ class PLAS:
             with torch.set_grad_enabled(bool(self.signals)):
                 feature, vae_feature = self.views(batch.observation)
             vae_input = vae_feature if "vae" in self.signals else vae_feature.detach()
-            loss, error, kl = self.vae_loss(vae_input, batch, noise["vae"])
-            losses = {"vae": loss, "vae_action": error, "vae_kl": kl}
+            parts = self.vae_loss(vae_input, batch, noise["vae"])
+            losses = dict(zip(("vae", "vae_action", "vae_kl"), parts, strict=True))
             if self.picture_decoder is not None:
                 wanted = batch.observation / 255.0 - 0.5
                 losses["reconstruction"] = F.mse_loss(self.picture_decoder(feature), wanted)
-                loss = loss + losses["reconstruction"]
             if not pretraining:
                 critic_input = feature if "critic" in self.signals else feature.detach()
                 losses["td"] = self.critic_loss(critic_input, batch, target)
-                loss = loss + losses["td"]
-        optimizers = [self.vae_optimizer, *[self.encoder_optimizer] * bool(self.signals)]
-        optimizers += [self.critic_optimizer] * (not pretraining)
+        optimizers = [o for o in (self.vae_optimizer, self.encoder_optimizer, self.critic_optimizer) if o]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        sum(losses[name] for name in ("vae", "reconstruction", "td") if name in losses).backward()
         for optimizer in optimizers:
             optimizer.step()  # what no loss reached has no gradient and stays
         if not pretraining:
@@ -628,9 +607,8 @@ class PLAS:
         """
         with self.autocast():
             loss = -self.critic.first(feature, self.vae.decode(vae_feature, self.policy(feature))).mean()
-        parameters = list(self.policy.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
+        self.policy_optimizer.zero_grad()
+        loss.backward(inputs=list(self.policy.parameters()))
         self.policy_optimizer.step()
         return {"policy": loss}
 
@@ -731,11 +709,8 @@ def evaluate(agent: PLAS, environments: list[gym.Env], seed: int) -> dict[str, f
                 pairs.append((value, following))
         starts.append((value, following))  # the loop ends with the first step
     returns = np.array([sum(reward for _, reward in trace) for trace in traces])
-    result = {
-        "episodic_return": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "episodic_length": float(np.mean([len(trace) for trace in traces])),
-    }
+    result = {"episodic_return": float(returns.mean()), "return_std": float(returns.std())}
+    result["episodic_length"] = float(np.mean([len(trace) for trace in traces]))
     for name, compared in (("q", pairs), ("q_start", starts)):
         estimate, truth = np.array(compared or [(math.nan, math.nan)]).T
         spread = estimate.std() * truth.std()
@@ -760,25 +735,15 @@ def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
     return float(1.0 - error.mean())
 
 
-def scripted_action(env: gym.Env) -> np.ndarray:
-    """The action (A,) of an environment's own `expert_action`. Raises ValueError if it has none."""
-    if not hasattr(env.unwrapped, "expert_action"):
-        raise ValueError(
-            f"{env.spec.id if env.spec else env} has no expert_action; take --collect random or a model.pt"
-        )
-    return env.unwrapped.expert_action()
-
-
 def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
     """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it is none or does not fit `env`."""
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
         weights, theirs = model["actor"], json.loads(model["arguments"])
-        seen = {name: theirs[name] for name in ("image_size", "frame_stack", "action_repeat")}
         actions = len(weights["trunk.4.bias"]) // 2
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
-    check_settings(path, seen, env)
+    check_settings(path, theirs, env)
     if actions != env.action_space.shape[0]:
         raise ValueError(f"{path} has {actions} actions, the environment {env.action_space.shape[0]}")
 
@@ -808,12 +773,16 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     def uniform() -> np.ndarray:
         return generator.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
 
-    def medium(env: gym.Env, _: np.ndarray) -> np.ndarray:
-        noisy = scripted_action(env) + 0.5 * generator.standard_normal(env.action_space.shape)
+    def expert(env: gym.Env, _: np.ndarray) -> np.ndarray:
+        if not hasattr(env.unwrapped, "expert_action"):
+            raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random or a model.pt")
+        return env.unwrapped.expert_action()
+
+    def medium(env: gym.Env, observation: np.ndarray) -> np.ndarray:
+        noisy = expert(env, observation) + 0.5 * generator.standard_normal(env.action_space.shape)
         return uniform() if generator.random() < 0.25 else noisy.clip(-1.0, 1.0).astype(np.float32)
 
-    known = {"random": lambda *_: uniform(), "medium": medium, "expert": lambda env, _: scripted_action(env)}
-    known["scripted"] = known["expert"]
+    known = {"random": lambda *_: uniform(), "medium": medium, "expert": expert, "scripted": expert}
     if name in known:
         return known[name]
     if not Path(name).is_file():
@@ -852,13 +821,11 @@ def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = m
 
 def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
     """Load `args.dataset`, and collect it before if it is missing and may be. Raises ValueError with one line."""
-    path = Path(args.dataset)
-    known = args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert")
-    if known:
-        path = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz"
-    elif not path.exists() and args.collect and path.suffix != ".npz":
+    path, policy = Path(args.dataset), args.collect
+    if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
+        path, policy = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
+    elif not path.exists() and policy and path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
-    policy = args.dataset if known else args.collect
     if not path.exists() and policy:
         print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
         columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
@@ -1082,11 +1049,8 @@ def draw_learning_curve(rows: list[dict[str, float]], levels: dict[str, float], 
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     figure.suptitle(title)
     axes, steps = figure.subplots(1, 3), [row["step"] for row in rows]
-    names = {
-        "episodic_return": "evaluation return", "q_error": "squared error of Q against returns",
-        "q_correlation": "correlation of Q with returns",
-    }  # fmt: skip
-    for axis, (name, label) in zip(axes, names.items(), strict=True):
+    labels = "evaluation return", "squared error of Q against returns", "correlation of Q with returns"
+    for axis, name, label in zip(axes, ("episodic_return", "q_error", "q_correlation"), labels, strict=True):
         axis.plot(steps, [row[name] for row in rows], marker=".")
         axis.set(xlabel="gradient steps", ylabel=label)
         axis.grid(alpha=0.3)
@@ -1098,16 +1062,14 @@ def draw_learning_curve(rows: list[dict[str, float]], levels: dict[str, float], 
 
 def draw_reconstruction(agent: PLAS, batch: Batch) -> Figure:
     """The newest picture of up to 8 observations above its reconstruction."""
-    count = min(8, len(batch.reward))
+    seen = batch.observation[:8]
     with torch.no_grad():
-        decoded = agent.picture_decoder(agent.encoder(batch.observation[:count]))[:, -3:].cpu() + 0.5
-    figure = Figure(figsize=(1.5 * count, 3.4), layout="constrained")
-    figure.suptitle("Observation (above) and reconstruction")
-    seen = batch.observation[:count, -3:].cpu() / 255.0
-    for row, pictures in zip(figure.subplots(2, count, squeeze=False), (seen, decoded), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0.0, 1.0).numpy())
-            axis.axis("off")
+        decoded = agent.picture_decoder(agent.encoder(seen)) + 0.5
+    pair = torch.stack((seen / 255.0, decoded))[:, :, -3:].clamp(0.0, 1.0).cpu()  # (2, N, 3, H, W)
+    figure = Figure(figsize=(1.5 * len(seen), 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(pair.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy())  # (2 H, N W, 3)
+    axis.set(title="Observation (above) and reconstruction", xticks=[], yticks=[])
     return figure
 
 
@@ -1121,19 +1083,17 @@ def resolve(args: Args) -> Args:
     may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
     for name, value in asdict(args).items():
         least = 1 if type(value) is int and name not in may_be_zero else 0
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
-    for name in ("gamma", "tau", "soft_minimum"):
-        if getattr(args, name) > 1.0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most 1 expected")
+        most = 1 if name in ("gamma", "tau", "soft_minimum") else math.inf
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            expected = f"at most {most}" if value > most else f"a number of at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")
     return args
 
 
 def save_model(agent: PLAS, args: Args, path: Path) -> None:
     """Write the weights alone (and the arguments, from which `PLAS` can be built again)."""
     state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
-    content = {**state, "arguments": json.dumps(asdict(args))}
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: torch.save({**state, "arguments": json.dumps(asdict(args))}, file))
 
 
 def reference_levels(env: gym.Env, dataset: Dataset, episodes: int, seed: int) -> dict[str, float]:
@@ -1172,8 +1132,7 @@ def main(args: Args) -> Path:
     states = wide["state"][stacks.rows - 1]
 
     if run.checkpoint is None:
-        levels = reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
-        step = 0
+        step, levels = 0, reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
     else:
         if run.checkpoint["dataset"] != digest:
             usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
@@ -1192,7 +1151,7 @@ def main(args: Args) -> Path:
         if step % 500 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(step, {"charts/SPS": run.steps_per_second(step)} | agent.gradient_statistics(batch))
+            run.log(step, {"charts/SPS": run.steps_per_second(step), **agent.gradient_statistics(batch)})
         if evaluating or last:
             metrics = evaluate(agent, environments, args.seed)
             metrics["prior_action_error"] = agent.prior_action_error(fixed)
@@ -1208,23 +1167,20 @@ def main(args: Args) -> Path:
                 run.stop()
 
     save_model(agent, args, run.folder / "model.pt")
-    figures = {"learning_curve": draw_learning_curve(run.eval_rows, levels, run.name)}
+    run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, levels, run.name))
     if agent.picture_decoder is not None:
-        figures["reconstruction"] = draw_reconstruction(agent, fixed)
-    for name, figure in figures.items():
-        run.log_figure(args.total_timesteps, name, figure)
+        run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
     if args.capture_video:
-        filmed = [make_env(args, run.folder / "videos")]
+        options = {"episode_trigger": lambda _: True, "name_prefix": "evaluation", "disable_logger": True}
+        filmed = gym.wrappers.RecordVideo(make_env(args), str(run.folder / "videos"), **options)
         for i in range(3):
-            evaluate(agent, filmed, episode_seed(args.seed, i, stream=1))
-        filmed[0].close()
-        run.log_videos(args.total_timesteps, sorted((run.folder / "videos").glob("*.mp4")))
-    run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
+            evaluate(agent, [filmed], episode_seed(args.seed, i, stream=1))
+        filmed.close()
+        run.log_videos(step, sorted((run.folder / "videos").glob("*.mp4")))
+    run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
     run.close()
-    row = run.eval_rows[-1]
-    print(
-        f"last evaluation: return {row['episodic_return']:.2f}, squared error of Q {row['q_error']:.3f}; {run.folder}"
-    )
+    score = "return {episodic_return:.2f}, squared error of Q {q_error:.3f}".format(**run.eval_rows[-1])
+    print(f"last evaluation: {score}; see {run.folder}")
     return run.folder
 
 
