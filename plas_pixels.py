@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
@@ -149,9 +149,7 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" holds what 
     },
     # The paper's table of SAC+AE, which these tasks are usually compared by.
     "dm_control/cartpole": {"action_repeat": 8},
-    "dm_control/reacher": {"action_repeat": 4},
-    "dm_control/cheetah": {"action_repeat": 4},
-    "dm_control/ball_in_cup": {"action_repeat": 4},
+    **{f"dm_control/{name}": {"action_repeat": 4} for name in ("reacher", "cheetah", "ball_in_cup")},
     "dm_control/quadruped": {"camera_id": 2},
     "": {
         "gamma": 0.99, "batch_size": 128, "action_repeat": 2, "frame_stack": 3, "random_shift": 4,
@@ -179,12 +177,10 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
 
     def __init__(self, env: gym.Env, image_size: int, action_repeat: int, frame_stack: int) -> None:
         """Raises ValueError, with what was expected, if it has no Box actions or no pictures."""
-        super().__init__(env)
+        super().__init__(gym.wrappers.RepeatAction(env, action_repeat))
         space = env.action_space
-        if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"plas_pixels needs a Box action space, got {space}")
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(f"bounded actions expected, got {space}; wrap it with finite bounds")
+        if not (isinstance(space, gym.spaces.Box) and np.isfinite([space.low, space.high]).all()):
+            raise ValueError(f"plas_pixels needs a Box action space with finite bounds, got {space}")
         self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
         own = env.observation_space
         self.rendered = not (isinstance(own, gym.spaces.Box) and own.dtype == np.uint8 and own.shape[2:] == (3,))
@@ -200,15 +196,12 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
         """The newest picture (3, H, W) uint8."""
         frame = self.env.render() if self.rendered else observation
         if frame.shape[:2] != self.size:
-            image = PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BOX)
-            frame = np.asarray(image)
+            frame = np.asarray(PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BILINEAR))
         return np.moveaxis(frame, 2, 0).copy()
 
     def info(self, observation: Any, info: dict[str, Any]) -> dict[str, Any]:
         """`info` with `state` (S,) float64."""
-        if "state" not in info:
-            info["state"] = gym.spaces.flatten(self.env.observation_space, observation)
-        return info
+        return {"state": gym.spaces.flatten(self.env.observation_space, observation), **info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Any]:
         """The first picture, as often as the stack is high."""
@@ -219,14 +212,10 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeat an action (A,) in [-1, 1]; the reward is the sum."""
         scaled = self.low + (self.high - self.low) * (action.reshape(self.low.shape).astype(np.float64) + 1.0) / 2.0
-        scaled, total = scaled.clip(self.low, self.high).astype(self.env.action_space.dtype), 0.0
-        for _ in range(self.action_repeat):
-            observation, reward, terminated, truncated, info = self.env.step(scaled)
-            total += float(reward)
-            if terminated or truncated:
-                break
+        scaled = scaled.clip(self.low, self.high).astype(self.env.action_space.dtype)
+        observation, reward, terminated, truncated, info = self.env.step(scaled)
         self.frames = [*self.frames[1:], self.picture(observation)]
-        return np.concatenate(self.frames), total, terminated, truncated, self.info(observation, info)
+        return np.concatenate(self.frames), float(reward), terminated, truncated, self.info(observation, info)
 
     def render(self) -> np.ndarray:
         """What the agent sees last, enlarged to at least 256 pixels, for videos."""
@@ -234,7 +223,7 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
         return np.moveaxis(self.frames[-1], 0, 2).repeat(times, 0).repeat(times, 1)
 
 
-def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
+def make_env(args: Args) -> PixelEnv:
     """Make the environment of `args`. Raises ValueError with one line, if it is unknown or does not fit."""
     options: dict[str, Any] = {"render_mode": "rgb_array"}
     try:
@@ -242,9 +231,8 @@ def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
             import shimmy  # noqa: F401  (registers dm_control's tasks)
 
-            options["render_kwargs"] = {
-                "width": args.image_size, "height": args.image_size, "camera_id": args.camera_id or 0,
-            }  # fmt: skip
+            size = args.image_size
+            options["render_kwargs"] = {"width": size, "height": size, "camera_id": args.camera_id or 0}
         env = gym.make(args.env_id, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
@@ -255,19 +243,15 @@ def make_env(args: Args, video_folder: Path | None = None) -> gym.Env:
     if args.env_id.startswith("dm_control/"):
         # Where pictures are rendered in software, most of the time goes into shadows and an unused large buffer.
         visual = env.unwrapped._env.physics.model.vis
-        visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, *[args.image_size] * 2
-    env = PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
-    if video_folder is None:
-        return env
-    return gym.wrappers.RecordVideo(
-        env, str(video_folder), episode_trigger=lambda _: True, name_prefix="evaluation", disable_logger=True
-    )
+        visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, size, size
+    return PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
-def two_layers(inputs: int, hidden: int) -> list[nn.Module]:
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
-    return [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    hidden_layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*hidden_layers, nn.Linear(hidden, outputs))
 
 
 class Encoder(nn.Module):
@@ -279,10 +263,9 @@ class Encoder(nn.Module):
         self.map = [(side - 3) // 2 + 1 - 2 * (layers - 1) for side in size]
         if min(self.map) < 1:
             raise ValueError(f"pictures of {size[0]} x {size[1]} are too small for --num-layers {layers}; take fewer")
-        convolutions: list[nn.Module] = [nn.Conv2d(channels, filters, 3, stride=2), nn.ReLU()]
-        for _ in range(layers - 1):
-            convolutions += [nn.Conv2d(filters, filters, 3), nn.ReLU()]
-        self.convolutions = nn.Sequential(*convolutions)
+        first = nn.Conv2d(channels, filters, 3, stride=2), nn.ReLU()
+        inner = [part for _ in range(layers - 1) for part in (nn.Conv2d(filters, filters, 3), nn.ReLU())]
+        self.convolutions = nn.Sequential(*first, *inner)
         self.head = nn.Sequential(nn.Linear(filters * math.prod(self.map), feature_dim), nn.LayerNorm(feature_dim))
         self.to(memory_format=torch.channels_last)
 
@@ -299,13 +282,10 @@ class PictureDecoder(nn.Module):
         super().__init__()
         self.shape = (filters, *encoder.map)
         self.head = nn.Linear(encoder.head[0].out_features, math.prod(self.shape))
-        convolutions: list[nn.Module] = []
-        for _ in range(layers - 1):
-            convolutions += [nn.ConvTranspose2d(filters, filters, 3), nn.ReLU()]
         odd = tuple(1 - side % 2 for side in size)  # an even side loses a pixel on the way in
-        self.convolutions = nn.Sequential(
-            *convolutions, nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
-        )
+        inner = [part for _ in range(layers - 1) for part in (nn.ConvTranspose2d(filters, filters, 3), nn.ReLU())]
+        last = nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
+        self.convolutions = nn.Sequential(*inner, last)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The pictures."""
@@ -319,10 +299,8 @@ class ActorVAE(nn.Module):
         """The latent has twice the action's size, as in BCQ's code."""
         super().__init__()
         self.latent_dim = 2 * action_dim
-        self.encoder = nn.Sequential(
-            *two_layers(feature_dim + action_dim, hidden), nn.Linear(hidden, 2 * self.latent_dim)
-        )
-        self.decoder = nn.Sequential(*two_layers(feature_dim + self.latent_dim, hidden), nn.Linear(hidden, action_dim))
+        self.encoder = mlp(feature_dim + action_dim, hidden, 2 * self.latent_dim)
+        self.decoder = mlp(feature_dim + self.latent_dim, hidden, action_dim)
 
     def decode(self, feature: Tensor, latent: Tensor) -> Tensor:
         """Actions (B, A) in (-1, 1)."""
@@ -342,7 +320,7 @@ class LatentPolicy(nn.Module):
         """`bound` keeps z where the VAE's prior has mass."""
         super().__init__()
         self.bound = bound
-        self.network = nn.Sequential(*two_layers(feature_dim, hidden), nn.Linear(hidden, latent_dim))
+        self.network = mlp(feature_dim, hidden, latent_dim)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The latent action of each state."""
@@ -355,9 +333,8 @@ class Critic(nn.Module):
     def __init__(self, feature_dim: int, action_dim: int, hidden: int) -> None:
         """Each has two hidden layers."""
         super().__init__()
-        inputs = feature_dim + action_dim
-        self.q1 = nn.Sequential(*two_layers(inputs, hidden), nn.Linear(hidden, 1))
-        self.q2 = nn.Sequential(*two_layers(inputs, hidden), nn.Linear(hidden, 1))
+        self.q1 = mlp(feature_dim + action_dim, hidden, 1)
+        self.q2 = mlp(feature_dim + action_dim, hidden, 1)
 
     def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Both values (2, B)."""
@@ -380,6 +357,18 @@ class Batch(NamedTuple):
     discount: Tensor
 
 
+def shifted(pictures: Tensor, offsets: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) moved up and left by offsets (2, B, 1), the pixels of an edge repeated, as DrQ does.
+
+    Without making a larger picture: rows and columns out of range are clamped.
+    """
+    (count, _, height, width), device = pictures.shape, pictures.device
+    rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)
+    columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)
+    each = torch.arange(count, device=device)[:, None, None]
+    return pictures[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 class Dataset:
     """Transitions from pixels, each picture held once as uint8.
 
@@ -394,13 +383,12 @@ class Dataset:
         start = first.repeat(np.diff(first, append=len(columns["is_first"])))  # the first row of each row's episode
         rows = (~columns["is_first"]).nonzero()[0]
         self.starts, self.rows = first, torch.from_numpy(rows)
-        history = np.arange(-frame_stack, 1)  # the stack before the action, and one more picture after it
-        self.frames = torch.from_numpy(np.maximum(rows[:, None] + history, start[rows][:, None]))
+        # The stack before the action, and one more picture after it.
+        self.frames = torch.from_numpy(np.maximum(rows[:, None] + np.arange(-frame_stack, 1), start[rows][:, None]))
         self.action = torch.from_numpy(columns["action"][rows].astype(np.float32))
         self.reward = torch.from_numpy(columns["reward"][rows].astype(np.float32))
         self.discount = torch.from_numpy(columns["discount"][rows].astype(np.float32))
         self.returns = np.add.reduceat(np.where(columns["is_first"], 0.0, columns["reward"]), first)
-        self.frame_stack = frame_stack
 
     def to(self, device: torch.device) -> "Dataset":
         """Move all to a device, once."""
@@ -410,21 +398,11 @@ class Dataset:
 
     def batch(self, index: Tensor, shift: int = 0) -> Batch:
         """The transitions `index` (B,); with `shift`, observation and next observation are each shifted at random."""
-        frames = self.frames[index]
-        count, (height, width), device = len(index), self.images.shape[2:], index.device
-        pictures = self.images[frames].flatten(1, 2)  # (B, (k + 1) * 3, H, W): one gather for both
-        channels = pictures.shape[1] - 3
-        pair = [pictures[:, :channels], pictures[:, 3:]]
+        pictures = self.images[self.frames[index]].flatten(1, 2)  # (B, (k + 1) * 3, H, W): one gather for both
+        pair = [pictures[:, :-3], pictures[:, 3:]]
         if shift:
-            # An edge of repeated pixels, without making it: out-of-range rows and columns are clamped (DrQ).
-            offsets = torch.randint(-shift, shift + 1, (2, 2, count, 1), device=device)
-            rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)
-            columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)
-            each = torch.arange(count, device=device)[:, None, None]
-            pair = [
-                picture[each, :, rows[i][:, :, None], columns[i][:, None, :]].permute(0, 3, 1, 2)
-                for i, picture in enumerate(pair)
-            ]
+            offsets = torch.randint(-shift, shift + 1, (2, 2, len(index), 1), device=index.device)
+            pair = [shifted(picture, offsets[:, i]) for i, picture in enumerate(pair)]
         return Batch(pair[0], self.action[index], self.reward[index], pair[1], self.discount[index])
 
     def sample(self, batch_size: int, shift: int) -> Batch:
@@ -432,79 +410,75 @@ class Dataset:
         return self.batch(torch.randint(len(self.rows), (batch_size,)).to(self.images.device), shift)
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
+def check_settings(path: Path, made_with: dict[str, Any], env: gym.Env) -> None:
+    """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
+    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
+    other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
+    if other:
+        raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
+
+
+def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     """One npz file's columns. Raises ValueError with one line if it is none, or would run code when read."""
-    names = ("image", "action", "reward", "discount", "is_first", "is_terminal", "state")
+    names = ("image", "action", "reward", "discount", "is_first", "is_terminal")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in names if name in file}
+            made_with = {name: int(file[name]) for name in ("action_repeat", "frame_stack") if name in file}
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
+    check_settings(path, made_with, env)
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"{path}{message}")
+
     missing = {"image", "action", "reward"} - set(columns)
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; image, action and reward are needed")
-    rows = len(columns["image"])
-    if columns["image"].dtype != np.uint8 or columns["image"].ndim != 4 or columns["image"].shape[3] != 3:
-        shape = columns["image"].shape
-        raise ValueError(
-            f"{path}: image (rows, height, width, 3) of uint8 expected, got {columns['image'].dtype} {shape}"
-        )
+    need(not missing, f" lacks {', '.join(sorted(missing))}; image, action and reward are needed")
+    image, action, rows = columns["image"], columns["action"], len(columns["image"])
+    expected = f"image (rows, height, width, 3) of uint8 expected, got {image.dtype} {image.shape}"
+    need(image.dtype == np.uint8 and image.ndim == 4 and image.shape[3] == 3, f": {expected}")
     for name, values in columns.items():
-        if len(values) != rows:
-            raise ValueError(f"{path}: {name} has {len(values)} rows, image has {rows}")
-    if columns["action"].ndim != 2:
-        raise ValueError(f"{path}: action (rows, size) expected, got {columns['action'].shape}")
-    if "is_first" not in columns:  # one episode a file, as in V-D4RL
-        columns["is_first"] = np.arange(rows) == 0
-    columns["is_first"] = columns["is_first"].astype(bool).reshape(rows)
-    if not rows or not columns["is_first"][0]:
-        raise ValueError(f"{path}: the first row of an episode expected at the start, is_first is false there")
-    columns["reward"] = columns["reward"].reshape(rows)
-    if "discount" not in columns:
-        columns["discount"] = 1.0 - columns.get("is_terminal", np.zeros(rows)).reshape(rows)
-    columns["discount"] = columns["discount"].reshape(rows)
-    # Some first rows hold nan, since nothing led to them.
-    led = ~columns["is_first"]
-    for name in ("action", "reward", "discount"):
-        bad = ~np.isfinite(columns[name][led]).reshape(int(led.sum()), -1).all(1)
-        if bad.any():
-            raise ValueError(f"{path}: {int(bad.sum())} of {len(bad)} values of {name} are not finite")
-    short = np.diff(columns["is_first"].nonzero()[0], append=rows) < 2
-    if short.any():
-        raise ValueError(f"{path}: {int(short.sum())} episodes have a length of 0; leave them out")
-    outside = np.abs(columns["action"][led]).max() - 1.0
-    if outside > 1e-4:
-        count = int((np.abs(columns["action"][led]) > 1.0 + 1e-4).any(1).sum())
-        raise ValueError(f"{path}: {count} actions are outside of [-1, 1], by up to {outside:.3g}; rescale them")
-    return columns
+        need(len(values) == rows, f": {name} has {len(values)} rows, image has {rows}")
+    need(action.ndim == 2, f": action (rows, size) expected, got {action.shape}")
+    theirs, ours = (image.shape[1:], action.shape[1]), ((*env.observation_space.shape[1:], 3), *env.action_space.shape)
+    both = f"images {theirs[0]} and {theirs[1]} actions in the dataset, {ours[0]} and {ours[1]} in the environment"
+    need(theirs == ours, f" does not match the environment: {both} (see --image-size)")
+    first = columns.get("is_first", np.arange(rows) == 0).astype(bool).reshape(rows)  # V-D4RL: one episode a file
+    need(rows > 0 and first[0], ": the first row of an episode expected at the start, is_first is false there")
+    short = int((np.diff(first.nonzero()[0], append=rows) < 2).sum())
+    need(not short, f": {short} episodes have a length of 0; leave them out")
+    terminal = columns.get("is_terminal", np.zeros(rows))
+    discount = columns.get("discount", 1.0 - terminal).reshape(rows)
+    columns = {"action": action, "reward": columns["reward"].reshape(rows), "discount": discount}
+    for name, values in columns.items():  # some first rows hold nan, since nothing led to them
+        bad = ~np.isfinite(values[~first]).reshape(rows - first.sum(), -1).all(1)
+        need(not bad.any(), f": {int(bad.sum())} of {len(bad)} values of {name} are not finite")
+    beyond = np.abs(action[~first]).max(1) - 1.0
+    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
+    need(beyond.max() <= 1e-4, f": {outside}")
+    return {"image": image, "is_first": first, **columns}
 
 
-def load(path: Path, space: gym.Space, action_dim: int, frame_stack: int) -> tuple[Dataset, str]:
+def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
     """Read an npz file, or all of a folder in the order of their names. Returns the dataset and its sha256.
 
     Columns: `image` (M, H, W, 3) uint8, `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal`
-    (M,), `is_first` (M,) (a file without it is one episode). Raises ValueError with one line about what is wrong.
+    (M,), `is_first` (M,) (a file without it is one episode); the numbers `action_repeat` and `frame_stack` are
+    compared with those of `env`. Raises ValueError with one line about what is wrong.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise ValueError(f"there is no dataset {path}; name an npz file or a folder of them, or add --collect random")
     parts, digest = [], hashlib.sha256()
     for file in files:
-        parts.append(read_columns(file))
-        digest.update(file.read_bytes())
-    shapes = {(part["image"].shape[1:], part["action"].shape[1]) for part in parts}
-    expected = ((*space.shape[1:], 3), action_dim)
-    if shapes != {expected}:
-        (image, actions), *_ = shapes - {expected}
-        raise ValueError(
-            f"{path} does not match the environment: images {image} and {actions} actions in the dataset, "
-            f"{expected[0]} and {action_dim} in the environment (see --image-size)"
-        )
-    names = ("image", "action", "reward", "discount", "is_first")
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    return Dataset(columns, frame_stack), digest.hexdigest()
+        parts.append(read_columns(file, env))
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: digest)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Dataset(columns, env.frame_stack), digest.hexdigest()
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -517,28 +491,27 @@ class PLAS:
         channels, *size = env.observation_space.shape
         (self.action_dim,) = env.action_space.shape
         shape = channels, tuple(size), args.num_layers, args.num_filters
-        self.encoder = Encoder(*shape, args.feature_dim).to(device)
+        self.encoder = Encoder(*shape, args.feature_dim)
         # The VAE's own view with `separate`; else the same network, so that one pass serves both.
         separate = args.encoder_signal == "separate"
-        self.vae_encoder = Encoder(*shape, args.feature_dim).to(device) if separate else self.encoder
-        self.picture_decoder = None
-        if "reconstruction" in self.signals:
-            self.picture_decoder = PictureDecoder(self.encoder, *shape).to(device)
-        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim).to(device)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim).to(device)
+        self.vae_encoder = Encoder(*shape, args.feature_dim) if separate else self.encoder
+        self.picture_decoder = PictureDecoder(self.encoder, *shape) if "reconstruction" in self.signals else None
+        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim)
+        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim)
         self.policy = LatentPolicy(args.feature_dim, self.vae.latent_dim, args.hidden_dim, args.max_latent_action)
-        self.policy = self.policy.to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
+        for module in self.modules().values():
+            module.to(device)
 
-        def adam(modules: list[nn.Module], rate: float) -> torch.optim.Adam:
+        def adam(rate: float, *modules: nn.Module) -> torch.optim.Adam:
             return torch.optim.Adam([p for m in modules for p in m.parameters()], lr=rate, fused=True)
 
         views = [self.encoder, *[self.vae_encoder] * separate, *[self.picture_decoder] * bool(self.picture_decoder)]
-        self.encoder_optimizer = adam(views, args.learning_rate) if self.signals else None  # none: it stays as drawn
-        self.critic_optimizer = adam([self.critic], args.learning_rate)
-        self.vae_optimizer = adam([self.vae], args.learning_rate)
-        self.policy_optimizer = adam([self.policy], args.policy_learning_rate)
+        self.encoder_optimizer = adam(args.learning_rate, *views) if self.signals else None  # none: it stays as drawn
+        self.critic_optimizer = adam(args.learning_rate, self.critic)
+        self.vae_optimizer = adam(args.learning_rate, self.vae)
+        self.policy_optimizer = adam(args.policy_learning_rate, self.policy)
         self.online = [*self.critic.parameters(), *self.policy.parameters()]  # in the order of self.targets
         self.targets = [*self.target_critic.parameters(), *self.target_policy.parameters()]
 
@@ -554,29 +527,31 @@ class PLAS:
             noise["candidates"] = torch.randn(batch_size, self.args.candidates, latent, device=self.device)
         return noise
 
-    def candidate_actions(self, feature: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled actions (B * N, A) and the features (B * N, F) of their states; `noise` (B, N, L) standard normal.
+    def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (B, F) that critics and policy read, and those that the VAE reads: mostly the same ones."""
+        feature = self.encoder(pictures)
+        return feature, feature if self.vae_encoder is self.encoder else self.vae_encoder(pictures)
 
-        BCQ's code clips these latents to [-0.5, 0.5], so that they decode to what the data holds.
+    def proposals(self, pictures: Tensor, policy: LatentPolicy, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Actions (B * N, A) to choose from, and the features (B * N, F) of their states: the policy's alone (N = 1).
+
+        With `--policy argmax` N sampled ones; `noise` (B, N, L) is standard normal. BCQ's code clips these latents to
+        [-0.5, 0.5], so that they decode to what the data holds.
         """
-        features = feature.repeat_interleave(noise.shape[1], 0)
-        return self.vae.decode(features, noise.flatten(0, 1).clamp(-0.5, 0.5)), features
+        feature, vae_feature = self.views(pictures)
+        if noise is None:
+            return self.vae.decode(vae_feature, policy(feature)), feature
+        feature, vae_feature = (view.repeat_interleave(noise.shape[1], 0) for view in (feature, vae_feature))
+        return self.vae.decode(vae_feature, noise.flatten(0, 1).clamp(-0.5, 0.5)), feature
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: dict[str, Tensor]) -> Tensor:
         """The critics' target (B,): a weighted minimum of both target values (BCQ, equation 13)."""
-        args = self.args
-        feature = vae_feature = self.encoder(batch.next_observation)
-        if self.vae_encoder is not self.encoder:
-            vae_feature = self.vae_encoder(batch.next_observation)
-        if args.policy == "latent":
-            value = self.target_critic(feature, self.vae.decode(vae_feature, self.target_policy(feature)))
-        else:
-            action, _ = self.candidate_actions(vae_feature, noise["candidates"])
-            value = self.target_critic(feature.repeat_interleave(args.candidates, 0), action)
-        mixed = args.soft_minimum * value.amin(0) + (1.0 - args.soft_minimum) * value.amax(0)
+        action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
+        value, weight = self.target_critic(feature, action), self.args.soft_minimum
+        mixed = weight * value.amin(0) + (1.0 - weight) * value.amax(0)
         best = mixed.view(len(batch.reward), -1).amax(1)  # of the candidates, where there are any
-        return batch.reward + args.gamma * batch.discount * best
+        return batch.reward + self.args.gamma * batch.discount * best
 
     def critic_loss(self, feature: Tensor, batch: Batch, target: Tensor) -> Tensor:
         """Both critics' mean squared error."""
@@ -601,27 +576,20 @@ class PLAS:
         with self.autocast():
             target = None if pretraining else self.critic_target(batch, noise)
             with torch.set_grad_enabled(bool(self.signals)):
-                feature = vae_feature = self.encoder(batch.observation)
-                if self.vae_encoder is not self.encoder:
-                    vae_feature = self.vae_encoder(batch.observation)
-            loss, error, kl = self.vae_loss(
-                vae_feature if "vae" in self.signals else vae_feature.detach(), batch, noise["vae"]
-            )
-            losses = {"vae": loss, "vae_action": error, "vae_kl": kl}
+                feature, vae_feature = self.views(batch.observation)
+            vae_input = vae_feature if "vae" in self.signals else vae_feature.detach()
+            parts = self.vae_loss(vae_input, batch, noise["vae"])
+            losses = dict(zip(("vae", "vae_action", "vae_kl"), parts, strict=True))
             if self.picture_decoder is not None:
                 wanted = batch.observation / 255.0 - 0.5
                 losses["reconstruction"] = F.mse_loss(self.picture_decoder(feature), wanted)
-                loss = loss + losses["reconstruction"]
             if not pretraining:
-                losses["td"] = self.critic_loss(
-                    feature if "critic" in self.signals else feature.detach(), batch, target
-                )
-                loss = loss + losses["td"]
-        optimizers = [self.vae_optimizer]
-        optimizers += [self.encoder_optimizer] * bool(self.signals) + [self.critic_optimizer] * (not pretraining)
+                critic_input = feature if "critic" in self.signals else feature.detach()
+                losses["td"] = self.critic_loss(critic_input, batch, target)
+        optimizers = [o for o in (self.vae_optimizer, self.encoder_optimizer, self.critic_optimizer) if o]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        sum(losses[name] for name in ("vae", "reconstruction", "td") if name in losses).backward()
         for optimizer in optimizers:
             optimizer.step()  # what no loss reached has no gradient and stays
         if not pretraining:
@@ -639,9 +607,8 @@ class PLAS:
         """
         with self.autocast():
             loss = -self.critic.first(feature, self.vae.decode(vae_feature, self.policy(feature))).mean()
-        parameters = list(self.policy.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
+        self.policy_optimizer.zero_grad()
+        loss.backward(inputs=list(self.policy.parameters()))
         self.policy_optimizer.step()
         return {"policy": loss}
 
@@ -653,39 +620,28 @@ class PLAS:
         with torch.random.fork_rng([]):
             noise = self.draw_noise(len(batch.reward))
         with self.autocast():
-            target = self.critic_target(batch, noise)
-            losses = {
-                "critic": (self.critic_loss(self.encoder(batch.observation), batch, target), self.encoder),
-                "vae": (self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])[0], self.vae_encoder),
-            }
-        gradients = {
-            name: torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(encoder.parameters()))])
-            for name, (loss, encoder) in losses.items()
-        }
-        result = {f"charts/encoder_gradient_{name}": float(value.norm()) for name, value in gradients.items()}
+            critic_loss = self.critic_loss(self.encoder(batch.observation), batch, self.critic_target(batch, noise))
+            vae_loss, _, _ = self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])
+        gradients, result = [], {}
+        for name, loss, encoder in (("critic", critic_loss, self.encoder), ("vae", vae_loss, self.vae_encoder)):
+            parts = torch.autograd.grad(loss, list(encoder.parameters()))
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+            result[f"charts/encoder_gradient_{name}"] = float(gradients[-1].norm())
         if self.vae_encoder is self.encoder:
-            cosine = F.cosine_similarity(gradients["critic"], gradients["vae"], 0)
-            result["charts/encoder_gradient_cosine"] = float(cosine)
+            result["charts/encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients, 0))
         return result
 
     @torch.no_grad()
     def act(self, observation: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Actions (N, A) for pictures (N, C, H, W) uint8, and the first critic's values (N,) of them."""
-        pictures = torch.from_numpy(observation).to(self.device)
+        count, noise = len(observation), None
+        if self.args.policy == "argmax":
+            shape = count, self.args.acting_candidates, self.vae.latent_dim
+            noise = torch.randn(shape, generator=generator).to(self.device)
         with self.autocast():
-            feature = vae_feature = self.encoder(pictures)
-            if self.vae_encoder is not self.encoder:
-                vae_feature = self.vae_encoder(pictures)
-            if self.args.policy == "latent":
-                action = self.vae.decode(vae_feature, self.policy(feature))
-                value = self.critic.first(feature, action)
-            else:
-                count = self.args.acting_candidates
-                noise = torch.randn(len(pictures), count, self.vae.latent_dim, generator=generator).to(self.device)
-                actions, _ = self.candidate_actions(vae_feature, noise)
-                values = self.critic.first(feature.repeat_interleave(count, 0), actions).view(-1, count)
-                value, best = values.max(1)
-                action = actions.view(len(pictures), count, -1)[torch.arange(len(pictures)), best]
+            action, feature = self.proposals(torch.from_numpy(observation).to(self.device), self.policy, noise)
+            value, best = self.critic.first(feature, action).view(count, -1).max(1)
+        action = action.view(count, -1, self.action_dim)[torch.arange(count), best]
         return action.cpu().numpy(), value.cpu().numpy()
 
     @torch.no_grad()
@@ -705,17 +661,15 @@ class PLAS:
 
     def modules(self) -> dict[str, nn.Module]:
         """All networks by name."""
-        names = ["encoder", "critic", "target_critic", "vae", "policy", "target_policy"]
-        names += ["vae_encoder"] * (self.vae_encoder is not self.encoder)
-        names += ["picture_decoder"] * (self.picture_decoder is not None)
-        return {name: getattr(self, name) for name in names}
+        named = {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+        if self.vae_encoder is self.encoder:
+            del named["vae_encoder"]
+        return named
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        names = ["critic_optimizer", "vae_optimizer", "policy_optimizer"]
-        names += ["encoder_optimizer"] * (self.encoder_optimizer is not None)
-        optimizers = {name: getattr(self, name).state_dict() for name in names}
-        return {name: module.state_dict() for name, module in self.modules().items()} | optimizers
+        optimizers = {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
+        return {name: part.state_dict() for name, part in {**self.modules(), **optimizers}.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s, or a model file's, which has no optimizers."""
@@ -734,36 +688,29 @@ def evaluate(agent: PLAS, environments: list[gym.Env], seed: int) -> dict[str, f
     """
     generator = torch.Generator().manual_seed(seed)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
-    rewards: list[list[float]] = [[] for _ in environments]
-    values: list[list[float]] = [[] for _ in environments]
-    ended = [False] * len(environments)
-    active = list(range(len(environments)))
+    traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
+    ended, active = [False] * len(environments), list(range(len(environments)))
     while active:
-        actions, estimates = agent.act(np.stack([observations[i] for i in active]), generator)
+        actions, values = agent.act(np.stack([observations[i] for i in active]), generator)
         running = []
-        for i, action, value in zip(active, actions, estimates.tolist(), strict=True):
-            observations[i], reward, terminated, truncated, _ = environments[i].step(action)
-            rewards[i].append(reward)
-            values[i].append(value)
-            ended[i] = terminated
-            if not (terminated or truncated):
+        for i, action, value in zip(active, actions, values.tolist(), strict=True):
+            observations[i], reward, ended[i], truncated, _ = environments[i].step(action)
+            traces[i].append((value, reward))
+            if not (ended[i] or truncated):
                 running.append(i)
         active = running
     horizon = math.log(0.1) / math.log(agent.args.gamma) if 0.0 < agent.args.gamma < 1.0 else 1.0
     pairs, starts = [], []
-    for reward, value, terminal in zip(rewards, values, ended, strict=True):
+    for trace, terminal in zip(traces, ended, strict=True):
         following = 0.0
-        for left, (r, q) in enumerate(zip(reversed(reward), reversed(value), strict=True), start=1):
-            following = r + agent.args.gamma * following
+        for left, (value, reward) in enumerate(reversed(trace), start=1):
+            following = reward + agent.args.gamma * following
             if terminal or left >= horizon:
-                pairs.append((q, following))
-        starts.append((value[0], following))
-    returns = np.array([sum(reward) for reward in rewards])
-    result = {
-        "episodic_return": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "episodic_length": float(np.mean([len(reward) for reward in rewards])),
-    }
+                pairs.append((value, following))
+        starts.append((value, following))  # the loop ends with the first step
+    returns = np.array([sum(reward for _, reward in trace) for trace in traces])
+    result = {"episodic_return": float(returns.mean()), "return_std": float(returns.std())}
+    result["episodic_length"] = float(np.mean([len(trace) for trace in traces]))
     for name, compared in (("q", pairs), ("q_start", starts)):
         estimate, truth = np.array(compared or [(math.nan, math.nan)]).T
         spread = estimate.std() * truth.std()
@@ -788,45 +735,31 @@ def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
     return float(1.0 - error.mean())
 
 
-def scripted_action(env: gym.Env) -> np.ndarray:
-    """The action (A,) of an environment's own `expert_action`. Raises ValueError if it has none."""
-    if not hasattr(env.unwrapped, "expert_action"):
-        raise ValueError(
-            f"{env.spec.id if env.spec else env} has no expert_action; take --collect random or a model.pt"
-        )
-    return env.unwrapped.expert_action()
-
-
 def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
     """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it is none or does not fit `env`."""
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
         weights, theirs = model["actor"], json.loads(model["arguments"])
-        seen = {name: theirs[name] for name in ("image_size", "frame_stack", "action_repeat")}
-        trunk = [(weights[f"trunk.{i}.weight"], weights[f"trunk.{i}.bias"]) for i in (0, 2, 4)]
+        actions = len(weights["trunk.4.bias"]) // 2
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
-    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
-    if seen != here or len(trunk[-1][1]) != 2 * env.action_space.shape[0]:
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in seen.items())
-        raise ValueError(f"{path} was trained with {flags} and other actions or sizes than here; use the same")
+    check_settings(path, theirs, env)
+    if actions != env.action_space.shape[0]:
+        raise ValueError(f"{path} has {actions} actions, the environment {env.action_space.shape[0]}")
+
+    def layer(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
     @torch.no_grad()
     def act(_: gym.Env, observation: np.ndarray) -> np.ndarray:
         hidden = torch.from_numpy(observation)[None] / 255.0
         for i in range(theirs["num_layers"]):
-            hidden = F.conv2d(
-                hidden, weights[f"encoder.convs.{i}.weight"], weights[f"encoder.convs.{i}.bias"], 2 - (i > 0)
-            )
-            hidden = F.relu(hidden)
-        hidden = F.linear(
-            hidden.permute(0, 2, 3, 1).flatten(1), weights["encoder.fc.weight"], weights["encoder.fc.bias"]
-        )
-        norm = weights["encoder.ln.weight"], weights["encoder.ln.bias"]
-        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *norm))
-        for layer in trunk[:-1]:
-            hidden = F.relu(F.linear(hidden, *layer))
-        return torch.tanh(F.linear(hidden, *trunk[-1]).chunk(2, 1)[0])[0].numpy()
+            hidden = F.relu(F.conv2d(hidden, *layer(f"encoder.convs.{i}"), stride=1 if i else 2))
+        hidden = F.linear(hidden.permute(0, 2, 3, 1).flatten(1), *layer("encoder.fc"))
+        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *layer("encoder.ln")))
+        for name in ("trunk.0", "trunk.2"):
+            hidden = F.relu(F.linear(hidden, *layer(name)))
+        return torch.tanh(F.linear(hidden, *layer("trunk.4")).chunk(2, 1)[0])[0].numpy()
 
     return act
 
@@ -840,12 +773,16 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     def uniform() -> np.ndarray:
         return generator.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
 
-    def medium(env: gym.Env, _: np.ndarray) -> np.ndarray:
-        noisy = scripted_action(env) + 0.5 * generator.standard_normal(env.action_space.shape)
+    def expert(env: gym.Env, _: np.ndarray) -> np.ndarray:
+        if not hasattr(env.unwrapped, "expert_action"):
+            raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random or a model.pt")
+        return env.unwrapped.expert_action()
+
+    def medium(env: gym.Env, observation: np.ndarray) -> np.ndarray:
+        noisy = expert(env, observation) + 0.5 * generator.standard_normal(env.action_space.shape)
         return uniform() if generator.random() < 0.25 else noisy.clip(-1.0, 1.0).astype(np.float32)
 
-    known = {"random": lambda *_: uniform(), "medium": medium, "expert": lambda env, _: scripted_action(env)}
-    known["scripted"] = known["expert"]
+    known = {"random": lambda *_: uniform(), "medium": medium, "expert": expert, "scripted": expert}
     if name in known:
         return known[name]
     if not Path(name).is_file():
@@ -853,24 +790,28 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     return sac_ae_policy(Path(name), env)
 
 
+def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
+    """The rows of one episode, of at most `longest` steps, in the order of `collect`'s columns."""
+    observation, info = env.reset(seed=seed)
+    yield observation[-3:], np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
+    length, done = 0, False
+    while not done:
+        action = act(env, observation)
+        observation, reward, terminated, truncated, info = env.step(action)
+        yield observation[-3:], action, reward, 1.0 - terminated, False, info["state"]
+        length += 1
+        done = terminated or truncated or length >= longest
+
+
 def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = math.inf) -> dict[str, np.ndarray]:
     """Play episodes, of at most `longest` steps, for at least `steps` steps in all.
 
     Returns columns as `load` describes them, and `state` (M, S).
     """
-    act = behaviour(policy, np.random.default_rng(seed), env)
-    rows: list[tuple] = []
-    episode = taken = 0
-    while taken < steps:
-        observation, info = env.reset(seed=episode_seed(seed, episode, stream=4))
-        action, length, done, episode = np.zeros(env.action_space.shape, np.float32), 0, False, episode + 1
-        rows.append((observation[-3:], action, 0.0, 1.0, True, info["state"]))
-        while not done:
-            action = act(env, observation)
-            observation, reward, terminated, truncated, info = env.step(action)
-            rows.append((observation[-3:], action, reward, 1.0 - terminated, False, info["state"]))
-            taken, length = taken + 1, length + 1
-            done = terminated or truncated or length >= longest
+    act, rows, episode = behaviour(policy, np.random.default_rng(seed), env), [], 0
+    while len(rows) - episode < steps:  # an episode has a row more than steps
+        rows += play(env, act, episode_seed(seed, episode, stream=4), longest)
+        episode += 1
     image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
     return {
         "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
@@ -880,19 +821,22 @@ def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = m
 
 def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
     """Load `args.dataset`, and collect it before if it is missing and may be. Raises ValueError with one line."""
-    path = Path(args.dataset)
-    known = args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert")
-    if known:
-        path = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz"
-    elif not path.exists() and args.collect and path.suffix != ".npz":
+    path, policy = Path(args.dataset), args.collect
+    if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
+        path, policy = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
+    elif not path.exists() and policy and path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
-    policy = args.dataset if known else args.collect
     if not path.exists() and policy:
         print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
         columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez_compressed(file, **columns))
-    return load(path, env.observation_space, env.action_space.shape[0], args.frame_stack)
+        own = path.with_name(f"{path.stem}-{os.getpid()}.npz")  # other runs may collect the same at the same time
+        write_atomically(own, lambda file: np.savez_compressed(file, action_repeat=args.action_repeat, **columns))
+        if path.exists():
+            own.unlink()
+        else:
+            own.replace(path)
+    return load(path, env)
 
 
 # --- run folder, logging, checkpoints: the same text in every script ---
@@ -1105,11 +1049,8 @@ def draw_learning_curve(rows: list[dict[str, float]], levels: dict[str, float], 
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     figure.suptitle(title)
     axes, steps = figure.subplots(1, 3), [row["step"] for row in rows]
-    names = {
-        "episodic_return": "evaluation return", "q_error": "squared error of Q against returns",
-        "q_correlation": "correlation of Q with returns",
-    }  # fmt: skip
-    for axis, (name, label) in zip(axes, names.items(), strict=True):
+    labels = "evaluation return", "squared error of Q against returns", "correlation of Q with returns"
+    for axis, name, label in zip(axes, ("episodic_return", "q_error", "q_correlation"), labels, strict=True):
         axis.plot(steps, [row[name] for row in rows], marker=".")
         axis.set(xlabel="gradient steps", ylabel=label)
         axis.grid(alpha=0.3)
@@ -1121,16 +1062,14 @@ def draw_learning_curve(rows: list[dict[str, float]], levels: dict[str, float], 
 
 def draw_reconstruction(agent: PLAS, batch: Batch) -> Figure:
     """The newest picture of up to 8 observations above its reconstruction."""
-    count = min(8, len(batch.reward))
+    seen = batch.observation[:8]
     with torch.no_grad():
-        decoded = agent.picture_decoder(agent.encoder(batch.observation[:count]))[:, -3:].cpu() + 0.5
-    figure = Figure(figsize=(1.5 * count, 3.4), layout="constrained")
-    figure.suptitle("Observation (above) and reconstruction")
-    seen = batch.observation[:count, -3:].cpu() / 255.0
-    for row, pictures in zip(figure.subplots(2, count, squeeze=False), (seen, decoded), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0.0, 1.0).numpy())
-            axis.axis("off")
+        decoded = agent.picture_decoder(agent.encoder(seen)) + 0.5
+    pair = torch.stack((seen / 255.0, decoded))[:, :, -3:].clamp(0.0, 1.0).cpu()  # (2, N, 3, H, W)
+    figure = Figure(figsize=(1.5 * len(seen), 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(pair.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy())  # (2 H, N W, 3)
+    axis.set(title="Observation (above) and reconstruction", xticks=[], yticks=[])
     return figure
 
 
@@ -1141,26 +1080,20 @@ def resolve(args: Args) -> Args:
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    at_least_one = {
-        "checkpoint_frequency", "eval_frequency", "eval_episodes", "collect_steps", "total_timesteps", "batch_size",
-        "candidates", "acting_candidates", "image_size", "action_repeat", "frame_stack", "num_layers", "num_filters",
-        "feature_dim", "hidden_dim",
-    }  # fmt: skip
+    may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
     for name, value in asdict(args).items():
-        least = 1 if name in at_least_one else 0
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
-    for name in ("gamma", "tau", "soft_minimum"):
-        if getattr(args, name) > 1.0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most 1 expected")
+        least = 1 if type(value) is int and name not in may_be_zero else 0
+        most = 1 if name in ("gamma", "tau", "soft_minimum") else math.inf
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            expected = f"at most {most}" if value > most else f"a number of at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")
     return args
 
 
 def save_model(agent: PLAS, args: Args, path: Path) -> None:
     """Write the weights alone (and the arguments, from which `PLAS` can be built again)."""
     state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
-    content = {**state, "arguments": json.dumps(asdict(args))}
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: torch.save({**state, "arguments": json.dumps(asdict(args))}, file))
 
 
 def reference_levels(env: gym.Env, dataset: Dataset, episodes: int, seed: int) -> dict[str, float]:
@@ -1169,14 +1102,8 @@ def reference_levels(env: gym.Env, dataset: Dataset, episodes: int, seed: int) -
     for name in ("random", "expert"):
         with contextlib.suppress(ValueError):  # no expert
             act = behaviour(name, np.random.default_rng(seed), env)
-            returns = []
-            for i in range(episodes):
-                observation, total, done = env.reset(seed=episode_seed(seed, i, stream=1))[0], 0.0, False
-                while not done:
-                    observation, reward, terminated, truncated, _ = env.step(act(env, observation))
-                    total, done = total + reward, terminated or truncated
-                returns.append(total)
-            levels[name] = float(np.mean(returns))
+            played = [play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes)]
+            levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played]))
     return levels
 
 
@@ -1205,8 +1132,7 @@ def main(args: Args) -> Path:
     states = wide["state"][stacks.rows - 1]
 
     if run.checkpoint is None:
-        levels = reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
-        step = 0
+        step, levels = 0, reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
     else:
         if run.checkpoint["dataset"] != digest:
             usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
@@ -1225,7 +1151,7 @@ def main(args: Args) -> Path:
         if step % 500 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(step, {"charts/SPS": run.steps_per_second(step)} | agent.gradient_statistics(batch))
+            run.log(step, {"charts/SPS": run.steps_per_second(step), **agent.gradient_statistics(batch)})
         if evaluating or last:
             metrics = evaluate(agent, environments, args.seed)
             metrics["prior_action_error"] = agent.prior_action_error(fixed)
@@ -1241,23 +1167,20 @@ def main(args: Args) -> Path:
                 run.stop()
 
     save_model(agent, args, run.folder / "model.pt")
-    figures = {"learning_curve": draw_learning_curve(run.eval_rows, levels, run.name)}
+    run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, levels, run.name))
     if agent.picture_decoder is not None:
-        figures["reconstruction"] = draw_reconstruction(agent, fixed)
-    for name, figure in figures.items():
-        run.log_figure(args.total_timesteps, name, figure)
+        run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
     if args.capture_video:
-        filmed = [make_env(args, run.folder / "videos")]
+        options = {"episode_trigger": lambda _: True, "name_prefix": "evaluation", "disable_logger": True}
+        filmed = gym.wrappers.RecordVideo(make_env(args), str(run.folder / "videos"), **options)
         for i in range(3):
-            evaluate(agent, filmed, episode_seed(args.seed, i, stream=1))
-        filmed[0].close()
-        run.log_videos(args.total_timesteps, sorted((run.folder / "videos").glob("*.mp4")))
-    run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
+            evaluate(agent, [filmed], episode_seed(args.seed, i, stream=1))
+        filmed.close()
+        run.log_videos(step, sorted((run.folder / "videos").glob("*.mp4")))
+    run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
     run.close()
-    row = run.eval_rows[-1]
-    print(
-        f"last evaluation: return {row['episodic_return']:.2f}, squared error of Q {row['q_error']:.3f}; {run.folder}"
-    )
+    score = "return {episodic_return:.2f}, squared error of Q {q_error:.3f}".format(**run.eval_rows[-1])
+    print(f"last evaluation: {score}; see {run.folder}")
     return run.folder
 
 

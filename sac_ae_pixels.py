@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -96,6 +97,8 @@ class Args:
     """dm_control's shadow map: 512 pixels wide, or as the task has it (slow where OpenGL is software)"""
     buffer_size: int | None = None
     """newest transitions (agent steps) to sample from (default: all of the run)"""
+    save_replay: bool = False
+    """if toggled, keep all transitions in replay.npz, for plas_pixels.py: as much disk again as the replay memory"""
     learning_starts: int = 1_000
     """agent steps with random actions, after which that many updates are made at once"""
     batch_size: int = 128
@@ -441,8 +444,9 @@ class ReplayBuffer:
     """Transitions in order, their frames once each, as uint8 in a memory-mapped file.
 
     Transition i adds one frame, what is seen after it, in slot i; an episode's first frame is in a second half of the
-    slots, one for each episode. A stack is put together when it is sampled: frames from before the episode's start are
-    its first frame. Slots are used in turns; the file has holes where nothing was written.
+    slots, one for each episode and one for that which begins after the last transition. A stack is put together when it
+    is sampled: frames from before the episode's start are its first frame. Slots are used in turns; the file has holes
+    where nothing was written.
 
     There are `reserve` slots more than can be sampled: as many transitions as there are between two checkpoints do not
     touch what the last checkpoint counts on.
@@ -453,8 +457,8 @@ class ReplayBuffer:
         self.capacity, self.slots, self.stack, self.path = capacity, capacity + reserve, stack, path
         self.frame_bytes = 3 * image_size * image_size
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self.file, 2 * self.slots * self.frame_bytes)
-        shape = 2 * self.slots, 3, image_size, image_size
+        shape = 2 * self.slots + 1, 3, image_size, image_size
+        os.ftruncate(self.file, math.prod(shape))
         self.frames = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
         self.values = torch.zeros(self.slots, action_dim + 2)  # action, reward, terminated
         self.origins = torch.zeros(self.slots, 2, dtype=torch.int64)  # the episode's first transition, and its number
@@ -468,7 +472,7 @@ class ReplayBuffer:
     def start_episode(self, frame: np.ndarray) -> None:
         """Begin an episode with its first frame (3, S, S)."""
         self.first, self.episode = self.size, self.episode + 1
-        self.write(self.slots + self.episode % self.slots, frame)
+        self.write(self.slots + self.episode % (self.slots + 1), frame)
 
     def add(self, action: np.ndarray, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
         """Append one transition of the current episode."""
@@ -488,7 +492,7 @@ class ReplayBuffer:
         row = index % self.slots
         values, (first, episode) = self.values[row], self.origins[row][:, :, None].unbind(1)
         steps = index[:, None] + torch.arange(-self.stack, 1)  # the transitions that the frames were seen after
-        slots = torch.where(steps >= first, steps % self.slots, self.slots + episode % self.slots)
+        slots = torch.where(steps >= first, steps % self.slots, self.slots + episode % (self.slots + 1))
         frames = self.frames.index_select(0, slots.flatten()).view(len(index), -1, *self.frames.shape[2:])
         frames = frames.to(device, memory_format=torch.channels_last)  # (B, 3 (stack + 1), S, S)
         values = values.to(device)
@@ -506,6 +510,43 @@ class ReplayBuffer:
         self.size, self.first, self.episode = state["size"], state["first"], state["episode"]
         self.values[: len(state["values"])] = state["values"]
         self.origins[: len(state["origins"])] = state["origins"]
+
+    def save_episodes(self, path: Path, action_repeat: int, between: Callable[[], Any]) -> None:
+        """Write all transitions to an npz file as plas_pixels.py reads them; nothing may have been overwritten.
+
+        As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (S, S, 3) and what led to
+        it: the action and the reward of the whole action repeat. `is_terminal` is true where the task ended, and not
+        where the time did, or the run. Frames are copied in parts, and `between` is called before each.
+        """
+        values, (first, episode) = self.values[: self.size], self.origins[: self.size].unbind(1)
+        number = torch.arange(self.size)
+        begins = first == number
+        row = number + begins.cumsum(0)  # of each transition: a row more for each episode's first frame
+        count = self.size + int(begins.sum())
+        slots, columns = torch.empty(count, dtype=torch.int64), torch.zeros(count, values.shape[1])
+        slots[row], slots[row[begins] - 1], columns[row] = number, self.slots + episode[begins], values
+        is_first = np.ones(count, bool)
+        is_first[row.numpy()] = False
+        columns = {
+            "action": columns[:, :-2].numpy(), "reward": columns[:, -2].numpy(), "is_first": is_first,
+            "is_last": np.roll(is_first, -1), "is_terminal": columns[:, -1].numpy() > 0.0,
+            "action_repeat": np.array(action_repeat), "frame_stack": np.array(self.stack),
+        }  # fmt: skip
+
+        def write(file: BinaryIO) -> None:
+            with zipfile.ZipFile(file, "w") as archive:  # a ZipInfo has no clock: equal runs have equal files
+                for name, column in columns.items():
+                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, column)
+                with archive.open(zipfile.ZipInfo("image.npy"), "w", force_zip64=True) as entry:
+                    shape = count, *self.frames.shape[2:], 3
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(entry, header)
+                    for part in slots.split(1_000):
+                        between()
+                        entry.write(self.frames[part].permute(0, 2, 3, 1).contiguous().numpy())
+
+        write_atomically(path, write)
 
     def close(self, delete: bool = False) -> None:
         """Close the file, or remove it."""
@@ -1048,6 +1089,8 @@ def resolve(args: Args) -> Args:
     steps = agent_steps(args)
     if args.buffer_size is None:
         args.buffer_size = steps
+    if args.save_replay and args.buffer_size < steps:
+        raise ValueError(f"--save-replay needs all of the run's {steps} transitions; leave out --buffer-size")
     if steps < args.learning_starts:
         flags = f"--total-timesteps {args.total_timesteps} are {steps} agent steps, below --learning-starts"
         raise ValueError(
@@ -1072,20 +1115,22 @@ def replay_sizes(args: Args) -> tuple[int, int]:
 def announce_replay(args: Args) -> None:
     """Say how large the replay memory will be. Raises ValueError if the disk is too small for it."""
     frames, size = sum(replay_sizes(args)), args.image_size
-    needed = 3 * size * size * frames * 1.01  # and one frame an episode
+    needed = 3 * size * size * frames * 1.01 * (1 + args.save_replay)  # and one frame an episode
     folder = Path(args.runs_dir).absolute()
     if args.run_name:  # perhaps a run that is continued: its file is there, or no longer needed
         present = folder / args.run_name.replace("/", "-").replace(":", "-")
-        if (present / "frames.bin").exists():
-            needed -= 512 * (present / "frames.bin").stat().st_blocks
-        elif (present / "model.pt").exists():
+        files = [present / name for name in ("frames.bin", "replay.npz", "replay.npz.tmp")]
+        needed -= sum(512 * path.stat().st_blocks for path in files if path.exists())
+        if (present / "model.pt").exists() and not files[0].exists():
             needed = 0
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     about = f"replay memory of {frames:,} frames of {size}x{size}: {3e-9 * size * size * frames:.2f} GB"
+    about += ", and as much for replay.npz" * args.save_replay
     if needed > free:
-        raise ValueError(f"{about}, but {folder} has {1e-9 * free:.2f} GB left; lower --buffer-size or --image-size")
+        hint = "leave out --save-replay" if args.save_replay else "lower --buffer-size or --image-size"
+        raise ValueError(f"{about}, but {folder} has {1e-9 * free:.2f} GB left; {hint}")
     print(f"{about} on the disk, in the run folder")
 
 
@@ -1261,6 +1306,11 @@ def main(args: Args) -> Path:
         if run.signal:
             run.stop()
         run.log_videos(step, paths)
+    if args.save_replay and not (run.folder / "replay.npz").exists():
+        try:
+            buffer.save_episodes(run.folder / "replay.npz", repeat, lambda: run.signal and run.stop())
+        except OSError as error:
+            run.fail(f"step {step}: cannot write {run.folder / 'replay.npz'}: {error.strerror or error}")
     run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
     buffer.close(delete=True)
     run.close()

@@ -52,7 +52,7 @@ def usage_error(message: str) -> NoReturn:
 
 
 def read_runs(folder: Path) -> dict[str, list[Row]]:
-    """The evaluations of all finished runs of the study, by environment."""
+    """The evaluations of all finished runs of the study, by environment, as files are named."""
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("plas_pixels-*__*/eval.csv")):
         arguments = json.loads(path.with_name("args.json").read_text())["arguments"]
@@ -61,7 +61,7 @@ def read_runs(folder: Path) -> dict[str, list[Row]]:
             rows = list(csv.DictReader(file))
         if rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
             key = {"dataset": dataset, "signal": signal, "seed": str(arguments["seed"])}
-            found.setdefault(arguments["env_id"], []).extend({**key, **row} for row in rows)
+            found.setdefault(arguments["env_id"].replace("/", "-"), []).extend({**key, **row} for row in rows)
     return found
 
 
@@ -152,12 +152,11 @@ def main(args: Args) -> None:
     if not environments:
         usage_error(f"no finished runs of the study in {args.runs}; see benchmark/plas_pixels.sh")
     for environment in sorted(environments):
-        name = environment.replace("/", "-")
-        rows = merge(args.results / f"{name}.csv", found.get(environment, []))
+        rows = merge(args.results / f"{environment}.csv", found.get(environment, []))
         text = table(rows, args.steps)
-        (args.results / f"{name}.md").write_text(text)
+        (args.results / f"{environment}.md").write_text(text)
         title = f"plas_pixels on {environment}\nmeans (thick) and seeds (thin)"
-        draw(rows, title).savefig(args.results / f"{name}.png", dpi=110)
+        draw(rows, title).savefig(args.results / f"{environment}.png", dpi=110)
         print(f"{environment}\n\n{text}")
 
 

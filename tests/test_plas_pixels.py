@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -230,8 +231,12 @@ def test_a_random_shift_is_a_padded_crop():
     assert len({tuple(offsets[:, i, n, 0].tolist()) for i in range(2) for n in range(8)}) > 8
 
 
-def space_of(height, width):
-    return gym.spaces.Box(0, 255, (3, height, width), np.uint8)
+def env_of(height, width):
+    """What a dataset is compared with."""
+    space, actions = gym.spaces.Box(0, 255, (3, height, width), np.uint8), gym.spaces.Box(-1, 1, (1,))
+    return SimpleNamespace(
+        observation_space=space, action_space=actions, size=(height, width), frame_stack=1, action_repeat=2
+    )
 
 
 def test_a_folder_of_episodes_without_marks_is_read_as_one(tmp_path):
@@ -242,7 +247,7 @@ def test_a_folder_of_episodes_without_marks_is_read_as_one(tmp_path):
         part["reward"] = part["reward"].copy()
         part["reward"][0] = np.nan  # nothing led to the first picture
         np.savez(tmp_path / f"{name}.npz", **part, is_terminal=whole["discount"][rows] == 0.0)
-    read, digest = load(tmp_path, space_of(4, 5), 1, 1)
+    read, digest = load(tmp_path, env_of(4, 5))
     expected = Dataset(whole, 1).batch(torch.arange(5))
     for ours, theirs in zip(read.batch(torch.arange(5)), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -278,6 +283,9 @@ BAD_DATA = {
     "other size": (spoil("image", lambda v: v.repeat(2, 1)), "images (8, 5, 3)"),
     "other actions": (spoil("action", lambda v: v.repeat(3, 1)), "3 actions in the dataset"),
     "objects": (spoil("action", lambda v: v.astype(object)), "Python objects"),
+    "other repeat": (spoil("action_repeat", 8), "was made with --action-repeat 8, not as here"),
+    "other stack": (spoil("frame_stack", 3), "was made with --frame-stack 3, not as here"),
+    "many repeats": (spoil("action_repeat", np.ones(7)), "is damaged"),
 }
 
 
@@ -287,7 +295,7 @@ def test_bad_data_is_refused_with_a_line(change, part, tmp_path):
     change(columns)
     np.savez(tmp_path / "data.npz", **columns)
     with pytest.raises(ValueError) as error:
-        load(tmp_path / "data.npz", space_of(4, 5), 1, 1)
+        load(tmp_path / "data.npz", env_of(4, 5))
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
@@ -296,7 +304,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     content = (tmp_path / "data.npz").read_bytes()
     (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"not an npz file|damaged"):
-        load(tmp_path / "data.npz", space_of(4, 5), 1, 1)
+        load(tmp_path / "data.npz", env_of(4, 5))
 
 
 # --- which loss trains what ---
@@ -489,7 +497,7 @@ def test_the_best_of_the_candidates_is_chosen(env, columns):
     action, value = agent.act(batch.observation.numpy(), torch.Generator().manual_seed(2))
     noise = torch.randn(8, 7, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        actions, features = agent.candidate_actions(agent.encoder(batch.observation), noise)
+        actions, features = agent.proposals(batch.observation, agent.policy, noise)
         values = agent.critic.first(features, actions).view(8, 7)
     assert np.allclose(value, values.max(1).values) and np.allclose(
         action, actions.view(8, 7, 2)[torch.arange(8), values.argmax(1)]

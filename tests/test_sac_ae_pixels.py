@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import gymnasium as gym
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import plot  # noqa: E402
 import speed  # noqa: E402
 
+import plas_pixels  # noqa: E402
 import sac_ae_pixels  # noqa: E402
 from sac_ae_pixels import SACAE, Args, Batch, Noise, ReplayBuffer, episode_seed, make_env, resolve  # noqa: E402
 
@@ -850,6 +852,123 @@ def test_a_buffer_goes_on_where_it_was_saved(tmp_path):
     assert read(again, torch.arange(again.size)) == [*expected, last]
 
 
+def test_an_episode_that_begins_after_the_last_transition_overwrites_nothing(tmp_path):
+    buffer, expected = filled(tmp_path / "frames", [1] * 6, 6, stack=2)
+    buffer.start_episode(frame_of(900))
+    assert read(buffer, torch.arange(6)) == expected
+
+
+# --- replay as a dataset ---
+def as_dataset(path: Path, size: int, stack: int, action_dim: int, action_repeat: int) -> plas_pixels.Dataset:
+    """What plas_pixels.py reads from a file, in an environment of these sizes."""
+    env = SimpleNamespace(
+        observation_space=Box(0, 255, (3 * stack, size, size), np.uint8), action_space=Box(-1, 1, (action_dim,)),
+        size=(size, size), frame_stack=stack, action_repeat=action_repeat,
+    )  # fmt: skip
+    return plas_pixels.load(path, env)[0]
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("unfinished", [0, 2])
+def test_a_saved_replay_holds_every_transition_with_its_stacks(stack, unfinished, tmp_path):
+    lengths = [5, 1, 2, 700, 3, 1, 1, 600]
+    buffer, expected = filled(tmp_path / "frames", lengths, sum(lengths) + unfinished, stack=stack)
+    for number in (10_000, 10_001, 10_002)[: unfinished + 1]:  # the run ends with an episode's start, or within it
+        if number == 10_000:
+            buffer.start_episode(frame_of(number))
+        else:
+            buffer.add(np.float32([number, -number]), number / 2, False, frame_of(number))
+    buffer.values[:, :-2] /= 20_000.0  # actions are in [-1, 1]
+    parts = []
+    buffer.save_episodes(tmp_path / "replay.npz", 4, lambda: parts.append(0))
+    assert len(parts) == 2  # of a thousand frames
+    dataset = as_dataset(tmp_path / "replay.npz", 4, stack, 2, 4)
+    batch, held = dataset.batch(torch.arange(buffer.size)), buffer.gather(torch.arange(buffer.size), CPU)
+    assert len(dataset.rows) == buffer.size == sum(lengths) + unfinished
+    assert len(dataset.starts) == len(lengths) + bool(unfinished)
+    held = held._replace(terminated=1.0 - held.terminated)
+    for ours, theirs in zip(batch, held, strict=True):
+        assert torch.equal(ours, theirs)
+    for i, (seen, _, reward, following, terminated) in enumerate(expected):
+        assert number_of(batch.observation[i]) == seen and number_of(batch.next_observation[i]) == following
+        assert float(batch.reward[i]) == reward and float(batch.discount[i]) == 1.0 - terminated
+    with np.load(tmp_path / "replay.npz") as file:
+        ends = file["is_last"].nonzero()[0]
+        assert (ends == np.cumsum(lengths + [unfinished] * bool(unfinished)) + np.arange(len(ends))).all()
+        assert file["is_terminal"][ends].tolist() == [True] * len(lengths) + [False] * bool(unfinished)
+        assert file["is_terminal"].sum() == len(lengths) and file["image"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("env_id", ["PixelToy-v0", "PixelToyTerminating-v0"])
+def test_a_runs_replay_is_a_dataset_that_plas_trains_on(env_id, tmp_path, no_pictures, capsys, monkeypatch):
+    kept, close = [], ReplayBuffer.close
+    monkeypatch.setattr(ReplayBuffer, "close", lambda self, delete=False: kept.append(self) or close(self, False))
+    folder = sac_ae_pixels.main(tiny(tmp_path, env_id=env_id, save_replay=True))
+    assert "16x16: 0.00 GB, and as much for replay.npz" in capsys.readouterr().out
+    (buffer,) = kept
+    batch, held = (
+        as_dataset(folder / "replay.npz", 16, 3, 2, 2).batch(torch.arange(75)), buffer.gather(torch.arange(75), CPU)
+    )  # fmt: skip
+    for ours, theirs in zip(batch, held._replace(terminated=1.0 - held.terminated), strict=True):
+        assert torch.equal(ours, theirs)
+    ends = torch.arange(75) % 4 == 3  # 7 environment steps, two at a time; the last episode is cut after 3
+    assert torch.equal(batch.discount == 0.0, ends & (env_id == "PixelToyTerminating-v0"))
+    common = {
+        "env_id": env_id, "dataset": str(folder / "replay.npz"), "action_repeat": 2, "frame_stack": 3, "num_layers": 2,
+        "num_filters": 3, "hidden_dim": 12, "batch_size": 8, "eval_episodes": 2, "total_timesteps": 2,
+        "runs_dir": str(tmp_path / "plas"),
+    }  # fmt: skip
+    for wrong, words in (
+        ({"image_size": 20}, ["images (16, 16, 3)", "(20, 20, 3) and 2 in the environment", "--image-size"]),
+        ({"image_size": 16, "action_repeat": 4}, ["replay.npz was made with --action-repeat 2"]),
+        ({"image_size": 16, "frame_stack": 2}, ["replay.npz was made with --frame-stack 3"]),
+    ):
+        with pytest.raises(SystemExit) as error:
+            plas_pixels.main(plas_pixels.Args(**{**common, **wrong}))
+        assert error.value.code == 2 and not (tmp_path / "plas").exists()
+        assert_one_line(capsys, *words)
+    trained = plas_pixels.main(plas_pixels.Args(**common, image_size=16))
+    assert [row["step"] for row in evaluations(trained)] == [2]
+    assert "75 transitions of 19 episodes" in capsys.readouterr().out
+
+
+def test_both_pixel_scripts_see_the_same_pictures(tmp_path):
+    """So a policy that is learnt from the replay is evaluated on what it has learnt from."""
+    ours = make_env(resolve(tiny(tmp_path)))
+    theirs = plas_pixels.make_env(
+        plas_pixels.resolve(plas_pixels.Args(env_id="PixelToy-v0", image_size=16, action_repeat=2, frame_stack=1))
+    )
+    assert np.array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
+    for i in range(4):
+        action = np.float32([0.3, i / 2 - 1.0])
+        frame, reward, *ends, _ = ours.step(action)
+        same, their_reward, *their_ends, _ = theirs.step(action)
+        assert np.array_equal(frame, same) and reward == pytest.approx(their_reward) and ends == their_ends
+
+
+def test_a_ring_cannot_be_saved(tmp_path, capsys):
+    refused(capsys, tmp_path, "--save-replay needs all", "75 transitions", save_replay=True, buffer_size=74)
+
+
+def test_the_disk_must_hold_the_saved_replay_too(tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1.5 * 75 * 3 * 16 * 16))
+    refused(capsys, tmp_path, "and as much for replay.npz", "leave out --save-replay", save_replay=True)
+    sac_ae_pixels.announce_replay(resolve(tiny(tmp_path)))
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_not_a_crash(tmp_path, no_pictures, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        assert exit_status(tiny(tmp_path, save_replay=True)) == 1
+    assert_one_line(capsys, "cannot write", "replay.npz", "No space left")
+    assert exit_status(tiny(tmp_path, save_replay=True, resume=True)) == 0
+    assert len(as_dataset(tmp_path / "run" / "replay.npz", 16, 3, 2, 2).rows) == 75
+
+
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, no_pictures, capsys, monkeypatch):
     pwrite, written = os.pwrite, []
 
@@ -958,11 +1077,13 @@ def outcome(folder: Path) -> dict[str, Tensor | bytes]:
     result = {"eval.csv": (folder / "eval.csv").read_bytes()}
     for file in ("model.pt", "best_model.pt", "checkpoint.pt"):
         result |= tensors(torch.load(folder / file, weights_only=True), file)
+    if (folder / "replay.npz").exists():
+        result["replay.npz"] = (folder / "replay.npz").read_bytes()
     return result
 
 
 RING = {"buffer_size": 20}  # wraps three times
-VARIANTS = {"whole": {}, "ring": RING}
+VARIANTS = {"whole": {}, "ring": RING, "replay": {"save_replay": True}}
 
 
 @pytest.fixture(scope="module")
@@ -1102,6 +1223,16 @@ KILLS = STOPS | {
     "when the last step is done": lambda act: at_call(act, sac_ae_pixels, "draw_learning_curve", 1),
     "when the frames are removed": lambda act: at_call(act, ReplayBuffer, "close", 1),
 }
+REPLAY_STOPS = {
+    "while the replay is written": lambda act: at_call(act, np.lib.format, "write_array_header_1_0", 1),
+    "before the replay is renamed": lambda act: at_call(act, os, "replace", 1, goes_to_replay),
+    "after the replay was renamed": lambda act: at_call(act, os, "replace", 1, goes_to_replay, after=True),
+}
+KILLS |= REPLAY_STOPS
+
+
+def goes_to_replay(source, target, *_, **__) -> bool:
+    return str(target).endswith("replay.npz")
 
 
 def goes_to_checkpoint(source, target, *_, **__) -> bool:
@@ -1117,7 +1248,8 @@ def half_a_save() -> None:
 @pytest.mark.parametrize(
     ("where", "variant"),
     [
-        *((where, "whole") for where in KILLS),
+        *((where, "whole") for where in KILLS if where not in REPLAY_STOPS),
+        *((where, "replay") for where in REPLAY_STOPS),
         ("in mid-episode", "ring"),
         ("in a gradient step", "ring"),
         ("before a checkpoint is renamed", "ring"),
@@ -1150,6 +1282,17 @@ def test_a_terminated_run_saves_and_goes_on(where, references, tmp_path, no_pict
     assert not owed or state[owed] > 0
     assert exit_status(tiny(tmp_path, resume=True)) == 0
     assert not differences(outcome(tmp_path / "run"), references["whole"])
+
+
+def test_a_terminated_run_writes_its_replay_when_it_goes_on(references, tmp_path, no_pictures, capsys):
+    def start() -> int:
+        REPLAY_STOPS["while the replay is written"](terminate_self)
+        return exit_status(tiny(tmp_path, save_replay=True))
+
+    assert in_a_fork(start) == 143
+    assert not (tmp_path / "run" / "replay.npz").exists() and (tmp_path / "run" / "frames.bin").exists()
+    assert exit_status(tiny(tmp_path, save_replay=True, resume=True)) == 0
+    assert not differences(outcome(tmp_path / "run"), references["replay"])
 
 
 def test_a_run_can_be_stopped_many_times(references, tmp_path, no_pictures, capsys):
