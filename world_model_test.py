@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -206,10 +205,8 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except Exception as error:  # a damaged file raises nearly anything
-        reason = f"missing, damaged, or no npz file ({type(error).__name__})"
-        if "allow_pickle" in str(error):
-            reason = "it holds Python objects, which can run code when they are read"
-        raise ValueError(f"{path}: {reason}") from None
+        pickled = "; it holds Python objects, which can run code" * ("allow_pickle" in str(error))
+        raise ValueError(f"{path} is missing, damaged or no npz file ({type(error).__name__}{pickled})") from None
 
 
 def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
@@ -229,15 +226,13 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
         obs, next_obs = np.moveaxis(obs, 3, 1), np.moveaxis(next_obs, 3, 1)
     if obs.shape[1] != players + 3:
         raise ValueError(f"{name}: {players} actions a row, so {players + 3} planes expected, got frames {shape}")
+    problems = {"rewards that are not finite": ~np.isfinite(rewards).all(1)}
     for key, value in (("obs", obs), ("next_obs", next_obs)):
-        if not np.isin(value, (0, 1)).all():
-            raise ValueError(f"{name}: {key} holds other values than 0 and 1")
-        crowded = int((value[:, :players].sum((2, 3)) > 1).any(1).sum())
-        if crowded:
-            raise ValueError(f"{name}: {crowded} rows of {key} have a player's plane with two ones in it")
-    infinite = int((~np.isfinite(rewards)).any(1).sum())
-    if infinite:
-        raise ValueError(f"{name}: {infinite} rows have rewards that are not finite")
+        problems[f"other values than 0 and 1 in {key}"] = ~np.isin(value, (0, 1)).all((1, 2, 3))
+        problems[f"a player's plane with two ones in it in {key}"] = (value[:, :players].sum((2, 3)) > 1).any(1)
+    for problem, rows in problems.items():
+        if rows.any():
+            raise ValueError(f"{name}: {rows.sum()} rows have {problem}")
     game, t = np.arange(len(obs)), np.zeros(len(obs))
     if {"episode", "agent", "t"} <= set(columns):
         changes = np.diff([columns[key].astype(np.int64) for key in ("episode", "agent", "t")])
@@ -464,9 +459,8 @@ class Learner:
     def update(self, batch: Transitions, progress: float = 0.0) -> dict[str, Tensor]:
         """One step on the sum of the losses; `progress` in [0, 1] lets the learning rate fall to 0."""
         losses = self.losses(batch)
-        losses["total"] = losses["frame"] + losses["reward"]
-        if "contrastive" in losses:
-            losses["total"] = losses["total"] + self.args.contrastive_coef * losses["contrastive"]
+        weights = {"contrastive": self.args.contrastive_coef}
+        losses["total"] = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.learning_rate * (1.0 - progress)
         self.optimizer.zero_grad()
@@ -522,51 +516,43 @@ def violations(
     return result | {"any in the frame": in_frame, "any": in_frame | result["reward"]}
 
 
-def impossible(args: Args | None) -> set[str]:
+def impossible(args: Args) -> list[str]:
     """Violations that a model's form rules out: nothing that it is praised for."""
-    if args is None or args.model == "mse":
-        return set()
-    if args.model == "cell":
-        return {"reward"}
-    return {"reward", "duplicated"} | ({"jumped", "reappeared"} if args.mask else set())
+    rules = {"mse": [], "cell": ["reward"], "entity": ["duplicated", "reward"]}[args.model]
+    return sorted(rules + ["jumped", "reappeared"] * (args.model == "entity" and args.mask))
 
 
-def event_values(game: Game) -> dict[str, float]:
-    """What each event pays, by its name in Markov Stag-Hunt: prey and number of hunters."""
-    hunts = [(prey, pay, count) for prey, pay in (("hare", 1), ("stag", 10)) for count in range(1, game.players + 1)]
-    names = [(pay / count, f"{prey}, {count} hunter{'s' * (count > 1)}") for prey, pay, count in hunts]
-    paid = [value for value in game.legal_rewards if value]
-    named = [next((name for pay, name in names if abs(value - pay) < 1e-3), f"reward {value:g}") for value in paid]
-    return dict(zip(named, paid, strict=True))
+def catches(players: int) -> dict[str, float]:
+    """What each hunter is paid in Markov Stag-Hunt, by prey and number of hunters."""
+    result = {}
+    for prey, pay in (("hare", 1.0), ("stag", 10.0)):
+        for hunters in range(1, players + 1):
+            result[f"{prey}, {hunters} hunter{'s' * (hunters > 1)}"] = pay / hunters
+    return result
 
 
 def measure_frames(game: Game, predict: Predict, data: Transitions, stag_moves: bool = False) -> dict[str, Any]:
     """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
-    counts: dict[str, list[int]] = {}
-    events = event_values(game)
-
-    def add(name: str, hits: Tensor) -> None:
-        right, number = counts.get(name, (0, 0))
-        counts[name] = [right + int(hits.sum()), number + hits.numel()]
-
+    events, counts = catches(game.players), {}
+    others = [pay for pay in game.legal_rewards if pay and all(abs(pay - known) > 1e-3 for known in events.values())]
+    events |= {f"reward {pay:g}": pay for pay in others}
     for batch in data.batches():
         frame, rewards = predict(batch.obs, batch.actions)
         right = (frame == batch.next_obs).flatten(2).all(2)  # (B, C)
         exact, changed = right.all(1), (batch.next_obs != batch.obs).flatten(1).any(1)
         paid, event = ((rewards - batch.rewards).abs() < SAME_REWARD).all(1), (batch.rewards != 0).any(1)
-        add("exact", exact)
-        add("exact_changed", exact[changed])
-        add("exact_players", right[:, : game.players].all(1))
-        for i, name in enumerate(game.channel_names):
-            add(f"exact {name}", right[:, i])
-        for name, broken in violations(game, batch.obs, batch.actions, frame, rewards, stag_moves).items():
-            add(f"violation {name}", broken)
-        add("reward", paid)
-        add("reward_event", paid[event])
-        add("exact_event", exact[event])
-        for name, value in events.items():
-            add(name, paid[((batch.rewards - value).abs() < 1e-3).any(1)])
-    shares = {name: right / number if number else math.nan for name, (right, number) in counts.items()}
+        broken = violations(game, batch.obs, batch.actions, frame, rewards, stag_moves)
+        hits = {
+            "exact": exact, "exact_changed": exact[changed], "exact_players": right[:, : game.players].all(1),
+            **{f"exact {name}": right[:, i] for i, name in enumerate(game.channel_names)},
+            **{f"violation {rule}": rows for rule, rows in broken.items()},
+            "reward": paid, "reward_event": paid[event], "exact_event": exact[event],
+            **{name: paid[((batch.rewards - pay).abs() < 1e-3).any(1)] for name, pay in events.items()},
+        }  # fmt: skip
+        for name, hit in hits.items():
+            total, number = counts.get(name, (0, 0))
+            counts[name] = (total + int(hit.sum()), number + hit.numel())
+    shares = {name: total / number if number else math.nan for name, (total, number) in counts.items()}
     seen = {name: {"frames": counts[name][1], "exact": shares[name]} for name in events if counts[name][1]}
     return {name: share for name, share in shares.items() if name not in events} | {"events": seen}
 
@@ -648,50 +634,26 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     """
     if not args.stag_moves:
         return 1.0
-    preset = stag_hunt.PRESETS[args.env_id]
-    env = stag_hunt.parallel_env(**preset, n_blocks=args.n_blocks, stag_moves=True, max_cycles=args.max_cycles + 1)
-    n, cells, shares = preset["n_players"], preset["size"] ** 2, []
-    for row in torch.linspace(0, len(data.obs) - 1, rows).long().tolist():
-        planes = data.obs[row].flatten(1).tolist()
-
-        def find(plane: list[int], count: int) -> list[int]:
-            there = [cell for cell, one in enumerate(plane) if one]
-            return there + [cells] * (count - len(there))
-
-        state = {
-            "players": [find(plane, 1)[0] for plane in planes[:n]], "blocks": planes[n],
-            "stags": find(planes[n + 1], preset["n_stags"]), "hares": find(planes[n + 2], preset["n_hares"]),
-        }  # fmt: skip
-        outcomes: Counter[tuple[int, ...]] = Counter()
-        for seed in range(draws):
-            env.set_state({**state, "seed": seed})
-            env.step({name: int(data.actions[row, int(name.split("_")[1])]) for name in env.agents})
-            outcomes[tuple(sorted(env.get_state()["stags"].tolist()))] += 1
-        shares.append(max(outcomes.values()) / draws)
-    return float(np.mean(shares))
+    config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=True)
+    batch = data.select(torch.linspace(0, len(data.obs) - 1, rows).long())
+    return float(stag_hunt.commonest_shares(batch.obs.numpy(), batch.actions.numpy(), config, draws).mean())
 
 
-class Tested(NamedTuple):
-    """A model under test: its likeliest frames, draws (if it can), expected values, and the learner, if it is ours."""
+class Foreign(NamedTuple):
+    """Somebody's function, with the two ways to predict that a `WorldModel` has."""
 
-    mode: Predict
-    sample: Predict | None
+    predict: Predict
     expected: Predict
-    learner: Learner | None
 
 
-def wrap(learner: Learner, seed: int) -> Tested:
-    """A trained model's ways to predict; draws have a random stream of their own."""
-    model, generator = learner.model, torch.Generator().manual_seed(seed)
-    sample = None if model.kind == "mse" else lambda obs, actions: model.predict(obs, actions, generator)
-    return Tested(model.predict, sample, model.expected, learner)
-
-
-def measure_all(tested: Tested, args: Args, game: Game, train: Transitions, test: Transitions) -> dict[str, Any]:
-    """Everything that the report, `metrics.json` and the pictures need."""
-    own = tested.learner.args if tested.learner else None
+def measure_all(
+    model: WorldModel | Foreign, learner: Learner | None, args: Args, game: Game, train: Transitions, test: Transitions
+) -> dict[str, Any]:
+    """Everything that the report, `metrics.json` and the pictures need; `learner` is None for a foreign model."""
+    own = learner.args if learner else None
+    generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
     mean_frame, mean_rewards = train.next_obs.float().mean(0), train.rewards.mean(0)
-    true = zip(test.next_obs.split(2_000), test.rewards.split(2_000), strict=True)  # as `batches` splits
+    true = ((batch.next_obs, batch.rewards) for batch in test.batches())
 
     def copy(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return obs, torch.zeros(len(obs), game.players)
@@ -699,20 +661,22 @@ def measure_all(tested: Tested, args: Args, game: Game, train: Transitions, test
     def mean(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return mean_frame.expand(obs.shape), mean_rewards.expand(len(obs), -1)
 
+    def frames(predict: Predict) -> dict[str, Any]:
+        return measure_frames(game, predict, test, args.stag_moves)
+
+    draws = own is not None and own.model != "mse"
     result: dict[str, Any] = {
-        "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(tested.expected, test),
+        "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(model.expected, test),
         "values_copy": measure_values(copy, test), "values_mean": measure_values(mean, test),
-        "mode": measure_frames(game, tested.mode, test, args.stag_moves),
-        "sample": measure_frames(game, tested.sample, test, args.stag_moves) if tested.sample else None,
-        "copy": measure_frames(game, copy, test, args.stag_moves),
-        "open_loop": measure_open_loop(tested.mode, test, args.open_loop_steps),
-        "impossible": sorted(impossible(own)),
-        "truth": measure_frames(game, lambda *_: next(true), test, args.stag_moves),
+        "mode": frames(model.predict),
+        "sample": frames(lambda obs, actions: model.predict(obs, actions, generator)) if draws else None,
+        "copy": frames(copy), "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
+        "impossible": impossible(own) if own else [], "truth": frames(lambda *_: next(true)),
     }  # fmt: skip
-    if own is not None and own.model != "mse":
-        result["calibration"] = calibration(tested.learner, test)
-    if own is not None and own.contrastive_coef > 0.0:
-        result["ranking"] = ranking(tested.learner, test)
+    if draws:
+        result["calibration"] = calibration(learner, test)
+    if own and own.contrastive_coef > 0.0:
+        result["ranking"] = ranking(learner, test)
     return result
 
 
@@ -724,11 +688,10 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     lines = [
         f"=== {name}: {result['rows']:,} transitions ===",
         f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
-        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error; {values['mean_of_psnr']:.2f} dB as the mean of",
-        "          all frames (at most 100 each)",
+        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error, {values['mean_of_psnr']:.2f} dB as frames' mean",
         f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
         "Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels),
-        f"\n{'share of frames, %':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
+        f"\n{'share of frames, %   (*: impossible)':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
     ]
     rows = {
         "exact": "exactly right", "exact_changed": "... where something changed",
@@ -740,8 +703,6 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     for key, label in rows.items():
         shares = [result[column][key] for column in columns] + [result["limit"]] * (key == "exact")
         lines.append(f"{label:34}" + "".join(f"{100 * share:10.3f}" for share in shares))
-    if result["impossible"]:
-        lines.append("  * cannot happen by the model's form")
     events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
     lines.append("\nrewards exact: " + "; ".join(events))
     for key, label in (("calibration", "calibration"), ("ranking", "contrastive")):
@@ -753,7 +714,7 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     return "\n".join(lines)
 
 
-def load_function(name: str, game: Game) -> Tested:
+def load_function(name: str) -> Foreign:
     """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays.
 
     Raises ValueError with one line if it cannot be found, or returns wrong shapes or values that are not finite.
@@ -779,11 +740,11 @@ def load_function(name: str, game: Game) -> Tested:
                 raise ValueError(f"{name} returned {what} with {infinite} values that are not finite")
         return torch.from_numpy(frame), torch.from_numpy(rewards)
 
-    def mode(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         frame, rewards = expected(obs, actions)
         return (frame > 0.5).to(torch.uint8), rewards
 
-    return Tested(mode, None, expected, None)
+    return Foreign(predict, expected)
 
 
 def load_model(path: Path, game: Game, device: torch.device) -> Learner:
@@ -1009,37 +970,29 @@ class Run:
 def draw_frame(
     axis: Any, game: Game, frame: Tensor, title: str, actions: Tensor | None = None, outlined: bool = False
 ) -> None:
-    """A frame (C, H, W): obstacles grey, stag brown, hares green, players as discs, with arrows for their actions."""
-    n = game.players
+    """A frame (C, H, W): obstacles grey, stag brown, hares green; players as numbers, the ego as 0, with actions."""
     ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
-    kind = np.zeros((game.height, game.width), np.int64)
-    for i in range(3):
-        kind[frame[n + i].numpy() > 0] = i + 1
-    axis.imshow(ground[kind])
+    axis.imshow(ground[(frame[game.players :].long() * torch.arange(1, 4)[:, None, None]).amax(0)])
     axis.set(xticks=np.arange(1, game.width) - 0.5, yticks=np.arange(1, game.height) - 0.5)
     axis.tick_params(length=0, labelbottom=False, labelleft=False)
     axis.grid(color="#e4e4e0", linewidth=0.5)
     axis.spines[:].set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
     axis.set_title(title, fontsize=8)
-    moves = ((0, -0.6), (0, 0.6), (-0.6, 0), (0.6, 0))
-    for i, row, column in frame[:n].nonzero().tolist():
-        x, y = column + (-0.22, 0.22)[i % 2], row + (-0.22, 0.22)[i // 2 % 2]
-        axis.plot(x, y, "o", markersize=5, color=f"C{i}")
+    for i, row, column in frame[: game.players].nonzero().tolist():
+        x, y = column + (-0.25, 0.25)[i % 2], row + (-0.22, 0.22)[i // 2 % 2]
         action = -1 if actions is None else int(actions[i])
-        if 0 <= action < len(moves):
-            axis.annotate("", (x + moves[action][0], y + moves[action][1]), (x, y), arrowprops={"arrowstyle": "->"})
-        elif action in (HUNT_STAG, HUNT_HARE):
-            axis.plot(x, y, "x", markersize=8, color="black")
+        sign = "↑↓←→·SH"[action : action + 1]  # S, H: hunts the stag, a hare; none for who does not act
+        axis.text(x, y, f"{i}{sign}", color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
 
 
-def draw_transitions(game: Game, tested: Tested, data: Transitions, stag_moves: bool, worst: bool) -> Figure:
+def draw_transitions(game: Game, predict: Predict, data: Transitions, stag_moves: bool, worst: bool) -> Figure:
     """8 transitions: the frame with the joint action, the true next frame, the predicted one, outlined if unlawful.
 
     The worst are those that break a rule, then those that are wrong; else they are spread evenly.
     """
     picked = torch.linspace(0, len(data.obs) - 1, min(len(data.obs), 20_000 if worst else 8)).long()
     batch, rows = data.select(picked), torch.arange(len(picked))
-    frame, rewards = tested.mode(batch.obs, batch.actions)
+    frame, rewards = predict(batch.obs, batch.actions)
     broken = violations(game, batch.obs, batch.actions, frame, rewards, stag_moves)
     wrong = (frame != batch.next_obs).flatten(1).sum(1)
     if worst:
@@ -1047,12 +1000,12 @@ def draw_transitions(game: Game, tested: Tested, data: Transitions, stag_moves: 
         rows = score.argsort(descending=True, stable=True)[:8]
     figure = Figure(figsize=(7.5, 2.5 * len(rows)), layout="constrained")
     for row, axes in zip(rows.tolist(), figure.subplots(len(rows), 3, squeeze=False), strict=True):
-        rules = [rule for rule in RULES if broken[rule][row]]
+        verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (batch.rewards, rewards))
-        verdict = ", ".join(rules) or ("wrong" if wrong[row] else "right")
+        title = f"predicted ({verdict or ('wrong' if wrong[row] else 'right')}), {paid}"
         draw_frame(axes[0], game, batch.obs[row], "frame and joint action", batch.actions[row])
         draw_frame(axes[1], game, batch.next_obs[row], f"true next frame, rewards {true}")
-        draw_frame(axes[2], game, frame[row], f"predicted ({verdict}), {paid}", outlined=bool(rules))
+        draw_frame(axes[2], game, frame[row], title, outlined=bool(verdict))
     return figure
 
 
@@ -1096,9 +1049,8 @@ def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
     if args.model != "mse" and len(values) > 100:
         raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
     legal = sorted({*values, *test.rewards.unique().tolist()})
-    if args.data is None:  # what Markov Stag-Hunt pays: one hare or stag, shared by its hunters
-        pays = stag_hunt.Config().hare_reward, stag_hunt.Config().stag_reward
-        legal = [0.0, *(pay / hunters for pay in pays for hunters in range(1, players + 1))]
+    if args.data is None:
+        legal = [0.0, *catches(players).values()]
     exact = [min(seen, key=lambda own: abs(own - value)) for value in values]
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
     stags = int(train.obs[:, players + 1].flatten(1).sum(1).max())
@@ -1121,25 +1073,25 @@ def main(args: Args) -> Path:
     try:
         train, test = find_data(check(args))
         game = find_game(train, test, args)
-        if args.load is None:
-            if args.model == "entity" and args.mask:
-                check_mask(game, train)
-            tested = wrap(Learner(args, game, device), args.seed)
-        elif ":" in args.load and not Path(args.load).exists():
-            tested = load_function(args.load, game)
-            tested.mode(test.obs[:2], test.actions[:2])  # does it work at all?
+        learner = None
+        if args.load and ":" in args.load and not Path(args.load).exists():
+            model = load_function(args.load)
+            model.predict(test.obs[:2], test.actions[:2])  # does it work at all?
         else:
-            tested = wrap(load_model(Path(args.load), game, device), args.seed)
+            learner = Learner(args, game, device) if args.load is None else load_model(Path(args.load), game, device)
+            model = learner.model
+        if args.load is None and args.model == "entity" and args.mask:
+            check_mask(game, train)
     except ValueError as error:
         usage_error(str(error))
-    learner, digest = tested.learner, hashlib.sha256(train.obs.numpy().data).hexdigest()
+    digest = hashlib.sha256(train.obs.numpy().data).hexdigest()
     run = Run(args)
     step = 0
     if run.checkpoint is not None:
         if run.checkpoint["data"] != digest:
             usage_error(f"the data are not those that {run.folder} began with; restore them")
         step = run.checkpoint["step"]
-        learner.model.load_state_dict(run.checkpoint["model"])
+        model.load_state_dict(run.checkpoint["model"])
         learner.optimizer.load_state_dict(run.checkpoint["optimizer"])
         run.restore_random_state()
     on_device = train.to(device)
@@ -1155,24 +1107,24 @@ def main(args: Args) -> Path:
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
         if evaluating:
-            metrics = measure_frames(game, tested.mode, sample, args.stag_moves)
+            metrics = measure_frames(game, model.predict, sample, args.stag_moves)
             run.log_evaluation(step, {
                 "exact": metrics["exact"], "exact_changed": metrics["exact_changed"],
                 "any_violation": metrics["violation any"], "reward_event": metrics["reward_event"],
-                "obs_mse": measure_values(tested.expected, sample)["obs_mse"],
+                "obs_mse": measure_values(model.expected, sample)["obs_mse"],
             })  # fmt: skip
         if saving or run.signal:
-            state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
+            state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
             run.save_checkpoint(step, state)
             if run.signal and not last:
                 run.stop()
 
     if args.load is None:
-        about = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
-        content = {"model": learner.model.state_dict(), **about}
+        texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
+        content = {"model": model.state_dict(), **texts}
         write_atomically(run.folder / "model.pt", lambda file: torch.save(content, file))
     try:
-        result = measure_all(tested, args, game, train, test)
+        result = measure_all(model, learner, args, game, train, test)
     except ValueError as error:  # a foreign function may fail on some rows only
         run.fail(str(error))
     name = args.load or f"{args.model}, {args.action_input}"
@@ -1183,7 +1135,7 @@ def main(args: Args) -> Path:
     run.log(step, {f"test/{key.replace(' ', '_')}": value for key, value in scalars.items()})
     run.log_figure(step, "summary", draw_summary(result, name))
     for kind in ("worst", "spread"):
-        figure = draw_transitions(game, tested, test, args.stag_moves, kind == "worst")
+        figure = draw_transitions(game, model.predict, test, args.stag_moves, kind == "worst")
         run.log_figure(step, f"transitions_{kind}", figure)
     run.save_checkpoint(step, {}, finished=True)
     run.close()
