@@ -249,8 +249,7 @@ def collect(args: Args, rows: int, seed: int) -> Transitions:
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
     if not path.exists():
         print(f"collecting {rows:,} transitions into {path}")
-        games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
-        stag_hunt.save_dataset(path, games)
+        stag_hunt.save_dataset(path, stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed))
     return to_transitions(stag_hunt.load_dataset(path, RECORD_FIELDS).arrays, str(path))
 
 
@@ -323,9 +322,8 @@ class WorldModel(nn.Module):
         self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
         if args.contrastive_coef > 0.0:
             self.query = nn.Linear(hidden * game.cells, 64)
-            self.key = nn.Sequential(
-                nn.Conv2d(game.channels, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * game.cells, 64)
-            )
+            convolution = nn.Conv2d(game.channels, 32, 3, padding=1)
+            self.key = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(32 * game.cells, 64))
         self.register_buffer("reach", game.reach, persistent=False)
         self.register_buffer("values", torch.tensor(game.reward_values), persistent=False)
         self.to(memory_format=torch.channels_last)  # the convolutions are faster so
@@ -487,7 +485,7 @@ def violations(
     players, next_players = now[:, :n], after[:, :n]
     was, there = players.any(2), next_players.any(2)
     far = ~game.reach[places(obs, game)[:, :n], :-1]  # (B, n, H W)
-    together = (players[:, :, None] & players[:, None]).any(3)
+    together = (players[:, :, None] & players[:, None]).any(3)  # (B, n, n)
     hunters = (together & (actions == HUNT_STAG)[:, None]).sum(2)
     caught, prey_wrong = torch.zeros_like(was), torch.zeros_like(was[:, 0])
     for channel, hunts in ((n + 1, (actions == HUNT_STAG) & (hunters >= 2)), (n + 2, actions == HUNT_HARE)):
@@ -500,10 +498,9 @@ def violations(
             prey_wrong |= (next_prey & ~around).any(1) | (prey.sum(1) - next_prey.sum(1) != hunted.sum(1))
         else:
             prey_wrong |= ((next_prey & ~prey) | (prey & ~next_prey & ~hunted)).any(1)
-    stags, legal = (frames[:, n + 1].sum(1) for frames in (now, after)), torch.tensor(game.legal_rewards)
+    more_stags, legal = after[:, n + 1].sum(1) > now[:, n + 1].sum(1), torch.tensor(game.legal_rewards)
     result = {
-        # A player or the stag is in two cells.
-        "duplicated": (next_players.sum(2) > 1).any(1) | torch.lt(*stags),
+        "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
         "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
         "vanished": (was & ~there & ~caught).any(1),  # left without catching anything
         "reappeared": (~was & there).any(1),
@@ -639,11 +636,51 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     return float(stag_hunt.commonest_shares(batch.obs.numpy(), batch.actions.numpy(), config, draws).mean())
 
 
-class Foreign(NamedTuple):
-    """Somebody's function, with the two ways to predict that a `WorldModel` has."""
+class Foreign:
+    """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
 
-    predict: Predict
-    expected: Predict
+    def __init__(self, name: str) -> None:
+        """Import it. Raises ValueError with one line if it cannot be found."""
+        self.name, (module, _, attribute) = name, name.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            self.function = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # whatever a stranger's module raises
+            raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
+
+    def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """What it returns. Raises ValueError with one line for wrong shapes or values that are not finite."""
+        try:
+            outputs = self.function(obs.numpy().astype(np.float32), actions.numpy())
+            frame, rewards = (np.asarray(value, np.float32) for value in outputs)
+        except Exception as error:
+            raise ValueError(f"{self.name} failed ({type(error).__name__}: {error})") from None
+        for what, value, shape in (("next_obs", frame, tuple(obs.shape)), ("rewards", rewards, tuple(actions.shape))):
+            if value.shape != shape:
+                raise ValueError(f"{self.name} returned {what} of shape {value.shape}, {shape} expected")
+            if infinite := int((~np.isfinite(value)).sum()):
+                raise ValueError(f"{self.name} returned {what} with {infinite} values that are not finite")
+        return torch.from_numpy(frame), torch.from_numpy(rewards)
+
+    def predict(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Next frames with zeros and ones, and rewards."""
+        frame, rewards = self.expected(obs, actions)
+        return (frame > 0.5).to(torch.uint8), rewards
+
+
+def load_model(path: Path, game: Game, device: torch.device) -> Learner:
+    """A model.pt of this script. Raises ValueError with one line if it is none, or of another game."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        args, theirs = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is not a model of world_model_test.py ({type(error).__name__})") from None
+    shapes = [f"frames {(g.channels, g.height, g.width)} of {g.players} players" for g in (theirs, game)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path} is a model of {shapes[0]}, the data have {shapes[1]}")
+    learner = Learner(args, theirs, device)
+    learner.model.load_state_dict(content["model"])
+    return learner
 
 
 def measure_all(
@@ -661,17 +698,16 @@ def measure_all(
     def mean(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return mean_frame.expand(obs.shape), mean_rewards.expand(len(obs), -1)
 
-    def frames(predict: Predict) -> dict[str, Any]:
-        return measure_frames(game, predict, test, args.stag_moves)
-
     draws = own is not None and own.model != "mse"
+    ways = {"mode": model.predict, "sample": None, "copy": copy, "truth": lambda *_: next(true)}
+    if draws:
+        ways["sample"] = lambda obs, actions: model.predict(obs, actions, generator)
     result: dict[str, Any] = {
         "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(model.expected, test),
         "values_copy": measure_values(copy, test), "values_mean": measure_values(mean, test),
-        "mode": frames(model.predict),
-        "sample": frames(lambda obs, actions: model.predict(obs, actions, generator)) if draws else None,
-        "copy": frames(copy), "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
-        "impossible": impossible(own) if own else [], "truth": frames(lambda *_: next(true)),
+        **{way: predict and measure_frames(game, predict, test, args.stag_moves) for way, predict in ways.items()},
+        "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
+        "impossible": impossible(own) if own else [],
     }  # fmt: skip
     if draws:
         result["calibration"] = calibration(learner, test)
@@ -688,10 +724,10 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     lines = [
         f"=== {name}: {result['rows']:,} transitions ===",
         f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
-        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error, {values['mean_of_psnr']:.2f} dB as frames' mean",
+        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error, {values['mean_of_psnr']:.2f} dB as mean of frames",
         f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
         "Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels),
-        f"\n{'share of frames, %   (*: impossible)':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
+        f"\n{'share of frames, %  *: impossible':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
     ]
     rows = {
         "exact": "exactly right", "exact_changed": "... where something changed",
@@ -705,61 +741,12 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
         lines.append(f"{label:34}" + "".join(f"{100 * share:10.3f}" for share in shares))
     events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
     lines.append("\nrewards exact: " + "; ".join(events))
-    for key, label in (("calibration", "calibration"), ("ranking", "contrastive")):
-        if key in result:
-            lines.append(f"{label}: " + ", ".join(f"{k} {v:.4g}" for k, v in result[key].items()))
+    for key in {"calibration", "ranking"} & set(result):
+        lines.append(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
     rolled = ", ".join(f"{k}: {100 * v:.2f}" for k, v in result["open_loop"].items() if k in (1, 3, 5, 10, 20))
     if rolled:
         lines.append(f"open loop, % of frames exactly right after k steps: {rolled}   (limit 100 if nothing is random)")
     return "\n".join(lines)
-
-
-def load_function(name: str) -> Foreign:
-    """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays.
-
-    Raises ValueError with one line if it cannot be found, or returns wrong shapes or values that are not finite.
-    """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a stranger's module raises
-        raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
-
-    def expected(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            outputs = function(obs.numpy().astype(np.float32), actions.numpy())
-            frame, rewards = (np.asarray(value, np.float32) for value in outputs)
-        except Exception as error:
-            raise ValueError(f"{name} failed ({type(error).__name__}: {error})") from None
-        for what, value, shape in (("next_obs", frame, tuple(obs.shape)), ("rewards", rewards, tuple(actions.shape))):
-            if value.shape != shape:
-                raise ValueError(f"{name} returned {what} of shape {value.shape}, {shape} expected")
-            infinite = int((~np.isfinite(value)).sum())
-            if infinite:
-                raise ValueError(f"{name} returned {what} with {infinite} values that are not finite")
-        return torch.from_numpy(frame), torch.from_numpy(rewards)
-
-    def predict(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        frame, rewards = expected(obs, actions)
-        return (frame > 0.5).to(torch.uint8), rewards
-
-    return Foreign(predict, expected)
-
-
-def load_model(path: Path, game: Game, device: torch.device) -> Learner:
-    """A model.pt of this script. Raises ValueError with one line if it is none, or of another game."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        args, theirs = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
-    except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"{path} is not a model of world_model_test.py ({type(error).__name__})") from None
-    shapes = [f"frames {(g.channels, g.height, g.width)} of {g.players} players" for g in (theirs, game)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{path} is a model of {shapes[0]}, the data have {shapes[1]}")
-    learner = Learner(args, theirs, device)
-    learner.model.load_state_dict(content["model"])
-    return learner
 
 
 # --- run folder, logging, checkpoints: the same text in every script ---
@@ -967,21 +954,18 @@ class Run:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-def draw_frame(
-    axis: Any, game: Game, frame: Tensor, title: str, actions: Tensor | None = None, outlined: bool = False
-) -> None:
+def draw_frame(axis: Any, frame: Tensor, title: str, actions: Tensor | None = None, outlined: bool = False) -> None:
     """A frame (C, H, W): obstacles grey, stag brown, hares green; players as numbers, the ego as 0, with actions."""
     ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
-    axis.imshow(ground[(frame[game.players :].long() * torch.arange(1, 4)[:, None, None]).amax(0)])
-    axis.set(xticks=np.arange(1, game.width) - 0.5, yticks=np.arange(1, game.height) - 0.5)
-    axis.tick_params(length=0, labelbottom=False, labelleft=False)
-    axis.grid(color="#e4e4e0", linewidth=0.5)
+    kind = (frame[-3:].long() * torch.arange(1, 4)[:, None, None]).amax(0)
+    axis.pcolormesh(ground[kind], edgecolors="#e4e4e0", linewidth=0.5)
+    axis.set(xticks=[], yticks=[], ylim=(len(kind), 0), aspect="equal")
     axis.spines[:].set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
-    axis.set_title(title, fontsize=8)
-    for i, row, column in frame[: game.players].nonzero().tolist():
-        x, y = column + (-0.25, 0.25)[i % 2], row + (-0.22, 0.22)[i // 2 % 2]
+    axis.set_title(title, fontsize=7)
+    for i, row, column in frame[:-3].nonzero().tolist():
+        x, y = column + (0.25, 0.75)[i % 2], row + (0.28, 0.72)[i // 2 % 2]
         action = -1 if actions is None else int(actions[i])
-        sign = "↑↓←→·SH"[action : action + 1]  # S, H: hunts the stag, a hare; none for who does not act
+        sign = "↑↓←→·SH"[action : action + 1]  # S, H: hunts the stag, a hare; nothing for who does not act
         axis.text(x, y, f"{i}{sign}", color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
 
 
@@ -998,36 +982,35 @@ def draw_transitions(game: Game, predict: Predict, data: Transitions, stag_moves
     if worst:
         score = wrong + 1_000 * broken["any"] + ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
         rows = score.argsort(descending=True, stable=True)[:8]
-    figure = Figure(figsize=(7.5, 2.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9.0, 3.2 * len(rows)), layout="constrained")
     for row, axes in zip(rows.tolist(), figure.subplots(len(rows), 3, squeeze=False), strict=True):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (batch.rewards, rewards))
-        title = f"predicted ({verdict or ('wrong' if wrong[row] else 'right')}), {paid}"
-        draw_frame(axes[0], game, batch.obs[row], "frame and joint action", batch.actions[row])
-        draw_frame(axes[1], game, batch.next_obs[row], f"true next frame, rewards {true}")
-        draw_frame(axes[2], game, frame[row], title, outlined=bool(verdict))
+        title = f"predicted: {verdict or ('wrong' if wrong[row] else 'right')}\nrewards {paid}"
+        draw_frame(axes[0], batch.obs[row], "frame and joint action", batch.actions[row])
+        draw_frame(axes[1], batch.next_obs[row], f"true next frame\nrewards {true}")
+        draw_frame(axes[2], frame[row], title, outlined=bool(verdict))
     return figure
 
 
 def draw_summary(result: dict[str, Any], title: str) -> Figure:
     """Violations by rule, and exact frames in open loop with the limit."""
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    figure.suptitle(title)
     bars, curve = figure.subplots(1, 2)
     names = [*RULES, "any in the frame", "any"]
     for i, kind in enumerate(kind for kind in ("mode", "sample", "copy") if result[kind]):
         heights = [100 * result[kind][f"violation {name}"] for name in names]
         bars.bar(np.arange(len(names)) + 0.27 * i, heights, 0.25, label=kind)
     bars.set_xticks(np.arange(len(names)) + 0.27, names, rotation=40, ha="right", fontsize=8)
-    bars.set(ylabel="frames that break a rule, %")
-    bars.legend(fontsize=8)
+    bars.set(title=title, ylabel="frames that break a rule, %")
     shares = [100 * share for share in result["open_loop"].values()]
     curve.plot(list(result["open_loop"]), shares, marker=".", label="most likely frame")
     if result["limit"] == 1.0:
         curve.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
     curve.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(0, 103))
-    curve.grid(alpha=0.3)
-    curve.legend(fontsize=8)
+    for axis in (bars, curve):
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=8)
     return figure
 
 
@@ -1043,7 +1026,7 @@ def check(args: Args) -> Args:
 
 
 def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
-    """The game's sizes and rewards, from its training data. Raises ValueError if both parts do not fit together."""
+    """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
     players, seen = train.actions.shape[1], train.rewards.unique().tolist()
     values = sorted({round(value, 4) for value in seen} | {0.0})
     if args.model != "mse" and len(values) > 100:
@@ -1059,8 +1042,7 @@ def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
 
 def check_mask(game: Game, data: Transitions) -> None:
     """Raises ValueError if the mask forbids what happened: then this is another game."""
-    far = int((~game.reach[places(data.obs, game), places(data.next_obs, game)]).any(1).sum())
-    if far:
+    if far := int((~game.reach[places(data.obs, game), places(data.next_obs, game)]).any(1).sum()):
         raise ValueError(f"in {far} rows a player moves more than one cell or comes back; add --no-mask")
 
 
@@ -1075,7 +1057,7 @@ def main(args: Args) -> Path:
         game = find_game(train, test, args)
         learner = None
         if args.load and ":" in args.load and not Path(args.load).exists():
-            model = load_function(args.load)
+            model = Foreign(args.load)
             model.predict(test.obs[:2], test.actions[:2])  # does it work at all?
         else:
             learner = Learner(args, game, device) if args.load is None else load_model(Path(args.load), game, device)
@@ -1131,8 +1113,7 @@ def main(args: Args) -> Path:
     print(report(result, game, name))
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     step = args.total_timesteps
-    scalars = {k: v for k, v in result["mode"].items() if isinstance(v, float) and math.isfinite(v)}
-    run.log(step, {f"test/{key.replace(' ', '_')}": value for key, value in scalars.items()})
+    run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
     run.log_figure(step, "summary", draw_summary(result, name))
     for kind in ("worst", "spread"):
         figure = draw_transitions(game, model.predict, test, args.stag_moves, kind == "worst")
