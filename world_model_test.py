@@ -155,13 +155,10 @@ class Game(NamedTuple):
 
     @property
     def reach(self) -> Tensor:
-        """Whether an entity can be at a place (second index) one step after another: geometry, and gone stays gone."""
-        cell = torch.arange(self.cells)
-        row, column = cell // self.width, cell % self.width
-        result = torch.ones(self.cells + 1, self.cells + 1, dtype=torch.bool)
-        result[:-1, :-1] = (row[:, None] - row).abs() + (column[:, None] - column).abs() <= 1
-        result[-1, :-1] = False
-        return result
+        """Whether an entity that is at a place (first index) can be at another one step later; "gone" is for good."""
+        cells = torch.cartesian_prod(torch.arange(self.height), torch.arange(self.width)).float()
+        near = torch.cdist(cells, cells, p=1.0) <= 1.0
+        return F.pad(F.pad(near, (0, 0, 0, 1), value=False), (0, 1), value=True)
 
 
 class Transitions(NamedTuple):
@@ -217,15 +214,14 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
     if missing:
         raise ValueError(f"{name} has no {', '.join(missing)}; {', '.join(needed)} are needed")
     obs, actions, rewards, next_obs = (columns[key] for key in needed)
-    fits = rewards.shape == actions.shape and next_obs.shape == obs.shape and len(obs) == len(actions)
-    if actions.ndim != 2 or obs.ndim != 4 or not fits:
+    fits = actions.ndim == 2 and obs.ndim == 4 and len(obs) == len(actions)
+    fits = fits and rewards.shape == actions.shape and next_obs.shape == obs.shape
+    if not (fits and actions.shape[1] + 3 in obs.shape[1::2]):
         shapes = ", ".join(f"{key} {columns[key].shape}" for key in needed)
-        raise ValueError(f"{name}: shapes (N, C, H, W), (N, n), (N, n), (N, C, H, W) expected, got {shapes}")
-    players, shape = actions.shape[1], obs.shape[1:]
-    if shape[0] != players + 3:  # channels last
+        raise ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
+    players = actions.shape[1]
+    if obs.shape[1] != players + 3:  # channels last
         obs, next_obs = np.moveaxis(obs, 3, 1), np.moveaxis(next_obs, 3, 1)
-    if obs.shape[1] != players + 3:
-        raise ValueError(f"{name}: {players} actions a row, so {players + 3} planes expected, got frames {shape}")
     problems = {"rewards that are not finite": ~np.isfinite(rewards).all(1)}
     for key, value in (("obs", obs), ("next_obs", next_obs)):
         problems[f"other values than 0 and 1 in {key}"] = ~np.isin(value, (0, 1)).all((1, 2, 3))
@@ -276,12 +272,13 @@ class Prediction(NamedTuple):
     """What a model says of a batch; which fields are there depends on `--model`.
 
     `planes` (B, C, H, W): values (mse) or logits (cell; entity: obstacles, stags, hares). `entities` (B, E, H W + 1):
-    logits of each player's and the single stag's place. `rewards`: (B, n) values, or (B, n, V) logits. `features`
-    (B, hidden, H, W) are the trunk's.
+    logits of each player's and the single stag's place. `frame` (B, C, H, W) uint8: the next frame that `rewards` go
+    with, which are (B, n) values, or (B, n, V) logits. `features` (B, hidden, H, W) are the trunk's.
     """
 
     planes: Tensor
     entities: Tensor | None
+    frame: Tensor
     rewards: Tensor
     features: Tensor
 
@@ -306,11 +303,10 @@ class WorldModel(nn.Module):
         super().__init__()
         self.game, self.kind, self.painted, self.masked = game, args.model, args.action_input == "painted", args.mask
         hidden, n = args.hidden_dim, game.players
-        layers: list[nn.Module] = []
-        inputs = channels = game.channels + n * game.actions + 1
-        for _ in range(args.num_layers):
-            layers += [nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU()]
-            channels = hidden
+        inputs = game.channels + n * game.actions + 1
+        layers = [nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU()]
+        for _ in range(args.num_layers - 1):
+            layers += [nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.Conv2d(hidden, hidden, 1), nn.ReLU())
         entities = len(game.entity_channels) if self.kind == "entity" else 0
         self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
@@ -345,8 +341,10 @@ class WorldModel(nn.Module):
         index = where.clamp_max(self.game.cells - 1)[:, None].expand(-1, features.shape[1], -1)
         return features.flatten(2).gather(2, index).transpose(1, 2) * (where < self.game.cells)[:, :, None]
 
-    def forward(self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None) -> Prediction:
-        """The prediction. Rewards are read off `next_obs`, or off the predicted mode without it."""
+    def forward(
+        self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Prediction:
+        """The prediction. Rewards are read off `next_obs`, or, without it, off the predicted (drawn) frame."""
         game, n = self.game, self.game.players
         where = places(obs, game)
         inputs = self.inputs(obs, actions, where)
@@ -360,15 +358,14 @@ class WorldModel(nn.Module):
             entities = torch.cat((cells[:, game.channels :].flatten(2), gone[:, :, None]), 2)
             if self.masked:
                 entities = entities.masked_fill(~self.reach[where], -math.inf)
-        own = own[:, :n]
+        own, next_obs = own[:, :n], self.frame(planes, entities, generator) if next_obs is None else next_obs
         if self.kind != "mse":
-            next_obs = self.frame(planes, entities) if next_obs is None else next_obs
             gone = (places(next_obs, game)[:, :n] == game.cells).float()[:, None].expand(-1, n, -1)
             own = torch.cat((own, gone, self.at(next_obs[:, -2:].float(), where[:, :n])), 2)
         rewards = self.reward_head(own).unflatten(2, (n, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
-        return Prediction(planes, entities, rewards[..., 0] if self.kind == "mse" else rewards, features)
+        return Prediction(planes, entities, next_obs, rewards[..., 0] if self.kind == "mse" else rewards, features)
 
-    def frame(self, planes: Tensor, entities: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    def frame(self, planes: Tensor, entities: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """The predicted frame (B, C, H, W) uint8: the most likely one, or, with `generator`, one drawn.
 
         Planes of mse, which are values, are rounded at 0.5 and never drawn.
@@ -385,14 +382,9 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def predict(self, obs: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The most likely next frames (B, C, H, W) uint8 and rewards (B, n), or, with `generator`, drawn ones."""
-        obs, actions = obs.to(self.values.device), actions.to(self.values.device)
-        prediction = self(obs, actions)
-        frame, rewards = self.frame(prediction.planes, prediction.entities, generator), prediction.rewards
-        if generator is not None:
-            rewards = self(obs, actions, frame).rewards
-        if self.kind != "mse":
-            rewards = self.values[pick(rewards, generator)]
-        return frame.cpu(), rewards.cpu()
+        prediction = self(obs.to(self.values.device), actions.to(self.values.device), generator=generator)
+        rewards = prediction.rewards if self.kind == "mse" else self.values[pick(prediction.rewards, generator)]
+        return prediction.frame.cpu(), rewards.cpu()
 
     @torch.no_grad()
     def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -434,8 +426,7 @@ class Learner:
             frame = (prediction.planes - target).square().flatten(1).sum(1).mean()
             reward = (prediction.rewards - batch.rewards).square().sum(1).mean()
         else:
-            entities = game.entity_channels if model.kind == "entity" else []
-            planes = [channel for channel in range(game.channels) if channel not in entities]
+            planes = [c for c in range(game.channels) if model.kind == "cell" or c not in game.entity_channels]
             logits, cells = prediction.planes[:, planes], target[:, planes]
             error = F.binary_cross_entropy_with_logits(logits, cells, reduction="none")
             frame = error.flatten(1).sum(1).mean()
@@ -519,7 +510,7 @@ def impossible(args: Args) -> list[str]:
     return sorted(rules + ["jumped", "reappeared"] * (args.model == "entity" and args.mask))
 
 
-def catches(players: int) -> dict[str, float]:
+def payments(players: int) -> dict[str, float]:
     """What each hunter is paid in Markov Stag-Hunt, by prey and number of hunters."""
     result = {}
     for prey, pay in (("hare", 1.0), ("stag", 10.0)):
@@ -530,7 +521,7 @@ def catches(players: int) -> dict[str, float]:
 
 def measure_frames(game: Game, predict: Predict, data: Transitions, stag_moves: bool = False) -> dict[str, Any]:
     """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
-    events, counts = catches(game.players), {}
+    events, counts = payments(game.players), {}
     others = [pay for pay in game.legal_rewards if pay and all(abs(pay - known) > 1e-3 for known in events.values())]
     events |= {f"reward {pay:g}": pay for pay in others}
     for batch in data.batches():
@@ -687,24 +678,20 @@ def measure_all(
     model: WorldModel | Foreign, learner: Learner | None, args: Args, game: Game, train: Transitions, test: Transitions
 ) -> dict[str, Any]:
     """Everything that the report, `metrics.json` and the pictures need; `learner` is None for a foreign model."""
-    own = learner.args if learner else None
+    own, mean = learner.args if learner else None, (train.next_obs.float().mean(0), train.rewards.mean(0))
     generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
-    mean_frame, mean_rewards = train.next_obs.float().mean(0), train.rewards.mean(0)
+    draws = own is not None and own.model != "mse"
     true = ((batch.next_obs, batch.rewards) for batch in test.batches())
 
     def copy(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return obs, torch.zeros(len(obs), game.players)
 
-    def mean(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        return mean_frame.expand(obs.shape), mean_rewards.expand(len(obs), -1)
-
-    draws = own is not None and own.model != "mse"
-    ways = {"mode": model.predict, "sample": None, "copy": copy, "truth": lambda *_: next(true)}
-    if draws:
-        ways["sample"] = lambda obs, actions: model.predict(obs, actions, generator)
+    sample = (lambda obs, actions: model.predict(obs, actions, generator)) if draws else None
+    ways = {"mode": model.predict, "sample": sample, "copy": copy, "truth": lambda *_: next(true)}
     result: dict[str, Any] = {
         "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(model.expected, test),
-        "values_copy": measure_values(copy, test), "values_mean": measure_values(mean, test),
+        "values_copy": measure_values(copy, test),
+        "values_mean": measure_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
         **{way: predict and measure_frames(game, predict, test, args.stag_moves) for way, predict in ways.items()},
         "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
         "impossible": impossible(own) if own else [],
@@ -724,7 +711,7 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
     lines = [
         f"=== {name}: {result['rows']:,} transitions ===",
         f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
-        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error, {values['mean_of_psnr']:.2f} dB as mean of frames",
+        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of mean error, {values['mean_of_psnr']:.2f} dB as mean of frames",
         f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
         "Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels),
         f"\n{'share of frames, %  *: impossible':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
@@ -741,7 +728,7 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
         lines.append(f"{label:34}" + "".join(f"{100 * share:10.3f}" for share in shares))
     events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
     lines.append("\nrewards exact: " + "; ".join(events))
-    for key in {"calibration", "ranking"} & set(result):
+    for key in [key for key in ("calibration", "ranking") if key in result]:
         lines.append(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
     rolled = ", ".join(f"{k}: {100 * v:.2f}" for k, v in result["open_loop"].items() if k in (1, 3, 5, 10, 20))
     if rolled:
@@ -1005,12 +992,10 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
     bars.set(title=title, ylabel="frames that break a rule, %")
     shares = [100 * share for share in result["open_loop"].values()]
     curve.plot(list(result["open_loop"]), shares, marker=".", label="most likely frame")
-    if result["limit"] == 1.0:
-        curve.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
+    curve.axhline(100 * result["limit"], color="black", linestyle="--", linewidth=1, label="limit of the first step")
     curve.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(0, 103))
-    for axis in (bars, curve):
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8)
+    bars.legend(fontsize=8)
+    curve.legend(fontsize=8)
     return figure
 
 
@@ -1033,7 +1018,7 @@ def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
         raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
     legal = sorted({*values, *test.rewards.unique().tolist()})
     if args.data is None:
-        legal = [0.0, *catches(players).values()]
+        legal = [0.0, *payments(players).values()]
     exact = [min(seen, key=lambda own: abs(own - value)) for value in values]
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
     stags = int(train.obs[:, players + 1].flatten(1).sum(1).max())
@@ -1090,11 +1075,9 @@ def main(args: Args) -> Path:
             run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
         if evaluating:
             metrics = measure_frames(game, model.predict, sample, args.stag_moves)
-            run.log_evaluation(step, {
-                "exact": metrics["exact"], "exact_changed": metrics["exact_changed"],
-                "any_violation": metrics["violation any"], "reward_event": metrics["reward_event"],
-                "obs_mse": measure_values(model.expected, sample)["obs_mse"],
-            })  # fmt: skip
+            metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, sample)}
+            names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
+            run.log_evaluation(step, {name: metrics[name] for name in names})
         if saving or run.signal:
             state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
             run.save_checkpoint(step, state)
@@ -1103,8 +1086,7 @@ def main(args: Args) -> Path:
 
     if args.load is None:
         texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
-        content = {"model": model.state_dict(), **texts}
-        write_atomically(run.folder / "model.pt", lambda file: torch.save(content, file))
+        write_atomically(run.folder / "model.pt", lambda file: torch.save({"model": model.state_dict(), **texts}, file))
     try:
         result = measure_all(model, learner, args, game, train, test)
     except ValueError as error:  # a foreign function may fail on some rows only
@@ -1115,9 +1097,10 @@ def main(args: Args) -> Path:
     step = args.total_timesteps
     run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
     run.log_figure(step, "summary", draw_summary(result, name))
-    for kind in ("worst", "spread"):
-        figure = draw_transitions(game, model.predict, test, args.stag_moves, kind == "worst")
-        run.log_figure(step, f"transitions_{kind}", figure)
+    run.log_figure(step, "transitions_worst", draw_transitions(game, model.predict, test, args.stag_moves, worst=True))
+    run.log_figure(
+        step, "transitions_spread", draw_transitions(game, model.predict, test, args.stag_moves, worst=False)
+    )
     run.save_checkpoint(step, {}, finished=True)
     run.close()
     print(f"all figures and pictures: {run.folder}")

@@ -7,8 +7,9 @@ description of the rules; no code was copied.
 `StagHunt` is a PettingZoo environment, for anyone's agents. `VectorStagHunt` plays thousands of
 games at once, for collecting data, with scripted policies that tell their exact probabilities. Both
 read the same rule table, both take every random number of a game from its seed (`uniforms`), and
-are tested equal. `collect`, `save_dataset` and `load_dataset` make and check records of games, and
-`history_posterior` says exactly what an observer of a whole game can know about its players.
+are tested equal. `collect`, `save_dataset` and `load_dataset` make and check records of games,
+`history_posterior` says exactly what an observer of a whole game can know about its players, and
+`commonest_shares` how well the next state can be told where stags move at random.
 """
 
 from __future__ import annotations
