@@ -178,6 +178,10 @@ class Transitions(NamedTuple):
         """Some rows."""
         return Transitions(*[value[rows] for value in self])
 
+    def spread(self, count: int) -> "Transitions":
+        """So many rows (or all, if there are fewer), evenly apart."""
+        return self.select(torch.linspace(0, len(self.obs) - 1, min(count, len(self.obs))).long())
+
     def to(self, device: torch.device) -> "Transitions":
         """The same rows on a device."""
         return Transitions(*[value.to(device) for value in self])
@@ -607,8 +611,7 @@ def calibration(learner: Learner, data: Transitions, bins: int = 15) -> dict[str
 @torch.no_grad()
 def ranking(learner: Learner, data: Transitions, pool: int = 1_000) -> dict[str, float]:
     """Hits@1 and mean reciprocal rank of the true next frame among a pool of as many, by the contrastive similarity."""
-    rows = torch.linspace(0, len(data.obs) - 1, min(pool, len(data.obs))).long()
-    batch = data.select(rows).to(learner.device)
+    batch = data.spread(pool).to(learner.device)
     similarity = learner.similarity(learner.model(batch.obs, batch.actions).features, batch.next_obs)
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
     return {"hits_at_1": float((rank == 1).float().mean()), "mrr": float((1.0 / rank).mean()), "pool": len(batch.obs)}
@@ -623,7 +626,7 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     if not args.stag_moves:
         return 1.0
     config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=True)
-    batch = data.select(torch.linspace(0, len(data.obs) - 1, rows).long())
+    batch = data.spread(rows)
     return float(stag_hunt.commonest_shares(batch.obs.numpy(), batch.actions.numpy(), config, draws).mean())
 
 
@@ -961,11 +964,10 @@ def draw_transitions(game: Game, predict: Predict, data: Transitions, stag_moves
 
     The worst are those that break a rule, then those that are wrong; else they are spread evenly.
     """
-    picked = torch.linspace(0, len(data.obs) - 1, min(len(data.obs), 20_000 if worst else 8)).long()
-    batch, rows = data.select(picked), torch.arange(len(picked))
+    batch = data.spread(20_000 if worst else 8)
     frame, rewards = predict(batch.obs, batch.actions)
     broken = violations(game, batch.obs, batch.actions, frame, rewards, stag_moves)
-    wrong = (frame != batch.next_obs).flatten(1).sum(1)
+    wrong, rows = (frame != batch.next_obs).flatten(1).sum(1), torch.arange(len(frame))
     if worst:
         score = wrong + 1_000 * broken["any"] + ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
         rows = score.argsort(descending=True, stable=True)[:8]
@@ -1061,8 +1063,7 @@ def main(args: Args) -> Path:
         model.load_state_dict(run.checkpoint["model"])
         learner.optimizer.load_state_dict(run.checkpoint["optimizer"])
         run.restore_random_state()
-    on_device = train.to(device)
-    sample = test.select(torch.linspace(0, len(test.obs) - 1, min(5_000, len(test.obs))).long())
+    on_device, sample = train.to(device), test.spread(5_000)
     for step in range(step + 1, args.total_timesteps + 1 if args.load is None else 0):  # noqa: B020
         batch = on_device.select(torch.randint(len(train.obs), (args.batch_size,)).to(device))
         losses = learner.update(batch, (step - 1) / args.total_timesteps)
@@ -1097,10 +1098,9 @@ def main(args: Args) -> Path:
     step = args.total_timesteps
     run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
     run.log_figure(step, "summary", draw_summary(result, name))
-    run.log_figure(step, "transitions_worst", draw_transitions(game, model.predict, test, args.stag_moves, worst=True))
-    run.log_figure(
-        step, "transitions_spread", draw_transitions(game, model.predict, test, args.stag_moves, worst=False)
-    )
+    for kind in ("worst", "spread"):
+        figure = draw_transitions(game, model.predict, test, args.stag_moves, worst=kind == "worst")
+        run.log_figure(step, f"transitions_{kind}", figure)
     run.save_checkpoint(step, {}, finished=True)
     run.close()
     print(f"all figures and pictures: {run.folder}")
