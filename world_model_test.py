@@ -17,7 +17,6 @@ Docs: docs/world_model_test.md
 
 import contextlib
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -27,8 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
@@ -121,6 +119,9 @@ class Args:
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
+RECORD_FIELDS = ("obs", "joint_action", "rewards", "next_obs", "episode", "agent", "t", "split")  # what is read of it
+
+
 class Game(NamedTuple):
     """Sizes of a game, every reward that its training data hold, and all that it can pay, where that is known."""
 
@@ -138,9 +139,14 @@ class Game(NamedTuple):
         return self.players + 3
 
     @property
-    def entities(self) -> int:
-        """What is in one place at most: the players, and the stag if there is only one."""
-        return self.players + self.single_stag
+    def channel_names(self) -> list[str]:
+        """Names of the planes, ego first."""
+        return ["self", *[f"other {i}" for i in range(1, self.players)], "obstacles", "stag", "hare"]
+
+    @property
+    def entity_channels(self) -> list[int]:
+        """The planes of what is in one place at most: the players, and the stag if there is only one."""
+        return [*range(self.players), *[self.players + 1] * self.single_stag]
 
     @property
     def cells(self) -> int:
@@ -148,90 +154,92 @@ class Game(NamedTuple):
         return self.height * self.width
 
     @property
-    def channel_names(self) -> list[str]:
-        """Names of the planes, ego first."""
-        return ["self", *[f"other {i}" for i in range(1, self.players)], "obstacles", "stag", "hare"]
+    def reach(self) -> Tensor:
+        """Whether an entity that is at a place (first index) can be at another one step later; "gone" is for good."""
+        cells = torch.cartesian_prod(torch.arange(self.height), torch.arange(self.width)).float()
+        near = torch.cdist(cells, cells, p=1.0) <= 1.0
+        return F.pad(F.pad(near, (0, 0, 0, 1), value=False), (0, 1), value=True)
 
 
 class Transitions(NamedTuple):
     """Rows: frames (N, C, H, W) uint8, joint actions (N, n) int64 (-1: gone), rewards (N, n), next frames.
 
-    `following` (N,) is the row of the same game and player one step later, -1 if there is none; `t` (N,) the step.
+    Neighbouring rows of the same `game` (N,) are what one player sees of it, step after step; `t` (N,) is the step.
     """
 
     obs: Tensor
     actions: Tensor
     rewards: Tensor
     next_obs: Tensor
-    following: Tensor
+    game: Tensor
     t: Tensor
 
     def select(self, rows: Tensor) -> "Transitions":
-        """Some rows; what follows on them is lost."""
+        """Some rows."""
         return Transitions(*[value[rows] for value in self])
 
+    def spread(self, count: int) -> "Transitions":
+        """So many rows (or all, if there are fewer), evenly apart."""
+        return self.select(torch.linspace(0, len(self.obs) - 1, min(count, len(self.obs))).long())
 
-def places(obs: Tensor, players: int) -> Tensor:
-    """Where the players and the stag are (B, n + 1): row * width + column, or height * width for "gone".
+    def to(self, device: torch.device) -> "Transitions":
+        """The same rows on a device."""
+        return Transitions(*[value.to(device) for value in self])
 
-    Of a plane with several ones (a wrong prediction, or several stags) the first counts.
+    def batches(self) -> Iterator["Transitions"]:
+        """All rows, in parts that fit into any memory."""
+        return (self.select(rows) for rows in torch.arange(len(self.obs)).split(2_000))
+
+
+def places(obs: Tensor, game: Game) -> Tensor:
+    """Where the entities are (B, E): row * width + column, or height * width for "gone".
+
+    Of a plane with several ones (a wrong prediction) the first counts.
     """
-    planes = torch.cat((obs[:, :players], obs[:, players + 1 : players + 2]), 1).flatten(2)
-    return torch.where(planes.bool().any(2), planes.argmax(2), planes.shape[2])
+    planes = obs[:, game.entity_channels].flatten(2)
+    return torch.where(planes.bool().any(2), planes.argmax(2), game.cells)
 
 
-def read_plain(path: Path) -> dict[str, np.ndarray]:
-    """An npz file's obs, actions, rewards, next_obs (and episode, agent, t). Raises ValueError with one line."""
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises ValueError with one line."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array; an npz file with one array per field expected")
-            return {name: file[name] for name in file.files}
-    except ValueError as error:
-        pickled = "allow_pickle" in str(error) or "Object arrays" in str(error)
-        reason = "it holds Python objects, which can run code when they are read" if pickled else str(error)
-        raise ValueError(f"{path}: {reason}") from None
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from None
+            return dict(file)
+    except Exception as error:  # a damaged file raises nearly anything
+        pickled = "; it holds Python objects, which can run code" * ("allow_pickle" in str(error))
+        raise ValueError(f"{path} is missing, damaged or no npz file ({type(error).__name__}{pickled})") from None
 
 
 def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
-    """Check and convert columns obs, actions, rewards, next_obs. Raises ValueError with one line."""
-    missing = {"obs", "actions", "rewards", "next_obs"} - set(columns)
+    """Check and convert the columns of a plain file or of a record of games. Raises ValueError with one line."""
+    columns = {"actions": columns.get("joint_action"), **columns}
+    needed = ("obs", "actions", "rewards", "next_obs")
+    missing = [key for key in needed if columns.get(key) is None]
     if missing:
-        raise ValueError(f"{name} has no {', '.join(sorted(missing))}; obs, actions, rewards, next_obs are needed")
-    obs, actions, rewards, next_obs = (columns[key] for key in ("obs", "actions", "rewards", "next_obs"))
-    if not len(obs):
-        raise ValueError(f"{name} has no rows")
-    if actions.ndim != 2 or obs.ndim != 4 or rewards.shape != actions.shape or next_obs.shape != obs.shape:
-        shapes = f"obs {obs.shape}, actions {actions.shape}, rewards {rewards.shape}, next_obs {next_obs.shape}"
-        raise ValueError(f"{name}: shapes (N, C, H, W), (N, n), (N, n), (N, C, H, W) expected, got {shapes}")
+        raise ValueError(f"{name} has no {', '.join(missing)}; {', '.join(needed)} are needed")
+    obs, actions, rewards, next_obs = (columns[key] for key in needed)
+    fits = actions.ndim == 2 and obs.ndim == 4 and len(obs) == len(actions)
+    fits = fits and rewards.shape == actions.shape and next_obs.shape == obs.shape
+    if not (fits and actions.shape[1] + 3 in obs.shape[1::2]):
+        shapes = ", ".join(f"{key} {columns[key].shape}" for key in needed)
+        raise ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
     players = actions.shape[1]
-    if obs.shape[1] != players + 3 and obs.shape[3] == players + 3:  # channels last
+    if obs.shape[1] != players + 3:  # channels last
         obs, next_obs = np.moveaxis(obs, 3, 1), np.moveaxis(next_obs, 3, 1)
-    if obs.shape[1] != players + 3:
-        raise ValueError(
-            f"{name}: {players} actions a row, so {players + 3} planes expected, got frames {obs.shape[1:]}"
-        )
+    problems = {"rewards that are not finite": ~np.isfinite(rewards).all(1)}
     for key, value in (("obs", obs), ("next_obs", next_obs)):
-        if not np.isin(value, (0, 1)).all():
-            raise ValueError(f"{name}: {key} holds other values than 0 and 1")
-        crowded = (value[:, :players].sum((2, 3)) > 1).any(1)
-        if crowded.any():
-            raise ValueError(f"{name}: {int(crowded.sum())} rows of {key} have a player's plane with two ones in it")
-    if not np.isfinite(rewards).all():
-        raise ValueError(f"{name}: {int((~np.isfinite(rewards)).any(1).sum())} rows have rewards that are not finite")
-    following = np.full(len(obs), -1)
-    t = columns.get("t", np.zeros(len(obs))).astype(np.int64)
+        problems[f"other values than 0 and 1 in {key}"] = ~np.isin(value, (0, 1)).all((1, 2, 3))
+        problems[f"a player's plane with two ones in it in {key}"] = (value[:, :players].sum((2, 3)) > 1).any(1)
+    for problem, rows in problems.items():
+        if rows.any():
+            raise ValueError(f"{name}: {rows.sum()} rows have {problem}")
+    game, t = np.arange(len(obs)), np.zeros(len(obs))
     if {"episode", "agent", "t"} <= set(columns):
-        same = (np.diff(columns["episode"].astype(int)) == 0) & (np.diff(columns["agent"].astype(int)) == 0)
-        same &= np.diff(t) == 1
-        following[:-1] = np.where(same, np.arange(1, len(obs)), -1)
-    return Transitions(
-        torch.from_numpy(np.ascontiguousarray(obs.astype(np.uint8))), torch.from_numpy(actions.astype(np.int64)),
-        torch.from_numpy(rewards.astype(np.float32)), torch.from_numpy(np.ascontiguousarray(next_obs.astype(np.uint8))),
-        torch.from_numpy(following), torch.from_numpy(t),
-    )  # fmt: skip
+        changes = np.diff([columns[key].astype(np.int64) for key in ("episode", "agent", "t")])
+        game[1:], t = (changes != [[0], [0], [1]]).any(0).cumsum(), columns["t"]
+    values = (obs, actions, rewards, next_obs, game, t)
+    types = (np.uint8, np.int64, np.float32, np.uint8, np.int64, np.int64)
+    return Transitions(*[torch.from_numpy(v.astype(kind, order="C")) for v, kind in zip(values, types, strict=True)])
 
 
 def collect(args: Args, rows: int, seed: int) -> Transitions:
@@ -239,48 +247,28 @@ def collect(args: Args, rows: int, seed: int) -> Transitions:
     config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=args.stag_moves)
     kind = f"{args.env_id}{'_moving' * args.stag_moves}{f'_{args.n_blocks}blocks' * bool(args.n_blocks)}"
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
-    names = ("obs", "joint_action", "rewards", "next_obs", "episode", "agent", "t", "split")
     if not path.exists():
         print(f"collecting {rows:,} transitions into {path}")
-        games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
-        stag_hunt.save_dataset(path, games)
-    return from_record(stag_hunt.load_dataset(path, names), str(path))
-
-
-def from_record(record: Any, name: str) -> Transitions:
-    """The transitions of a record of games."""
-    columns = dict(record.arrays)
-    columns["actions"] = columns.pop("joint_action")
-    return to_transitions(columns, name)
+        stag_hunt.save_dataset(path, stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed))
+    return to_transitions(stag_hunt.load_dataset(path, RECORD_FIELDS).arrays, str(path))
 
 
 def find_data(args: Args) -> tuple[Transitions, Transitions]:
     """Training and test transitions. Raises ValueError with one line."""
+    columns = {} if args.data is None else read_columns(Path(args.data))
+    if "stag_hunt" not in globals() and (args.data is None or "meta" in columns):
+        raise ValueError("envs/stag_hunt.py is not here to collect or read games with; pass --data FILE, a plain npz")
     if args.data is None:
-        if "stag_hunt" not in globals():
-            raise ValueError("envs/stag_hunt.py is not here to collect games with; pass --data FILE")
         return collect(args, args.rows, args.seed), collect(args, args.test_rows, 1_000_000 + args.seed)
-    path = Path(args.data)
-    columns = read_plain(path)
     if "meta" in columns:  # a record of games: the test split has games of its own
-        if "next_obs" not in columns:
-            raise ValueError(f"{path} has no next_obs: a world model needs the next observations")
-        names = ("obs", "joint_action", "rewards", "next_obs", "episode", "agent", "t", "split")
-        record = stag_hunt.load_dataset(path, names)
-        test = record.arrays["split"][record.arrays["episode"]] == 2
-        parts = []
-        for chosen in (~test, test):
-            arrays = {key: value[chosen] for key, value in record.arrays.items() if key != "split"}
-            parts.append(from_record(record._replace(arrays=arrays), str(path)))
-        return parts[0], parts[1]
-    whole = to_transitions(columns, str(path))
-    held_out = len(whole.obs) // 5  # rows are in order, so the last fifth has games of its own, but for one
-    if not held_out:
-        raise ValueError(f"{path} has {len(whole.obs)} rows: too few to hold out a test")
-    rows = torch.arange(len(whole.obs))
-    return whole.select(rows[:-held_out]), whole.select(rows[-held_out:])._replace(
-        following=torch.full((held_out,), -1)
-    )
+        columns = stag_hunt.load_dataset(Path(args.data), RECORD_FIELDS).arrays
+        held_out = columns["split"][columns["episode"]] == 2
+    whole = to_transitions(columns, args.data)
+    if "split" not in columns:  # rows are in order, so the last fifth has games of its own, but for one
+        held_out = np.arange(len(whole.obs)) >= len(whole.obs) - len(whole.obs) // 5
+    if not held_out.any():
+        raise ValueError(f"{args.data} has {len(held_out)} rows: too few to hold out a test")
+    return whole.select(torch.from_numpy(~held_out)), whole.select(torch.from_numpy(held_out))
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -288,12 +276,23 @@ class Prediction(NamedTuple):
     """What a model says of a batch; which fields are there depends on `--model`.
 
     `planes` (B, C, H, W): values (mse) or logits (cell; entity: obstacles, stags, hares). `entities` (B, E, H W + 1):
-    logits of each player's and the single stag's place. `rewards`: (B, n) values, or (B, n, V) logits.
+    logits of each player's and the single stag's place. `frame` (B, C, H, W) uint8: the next frame that `rewards` go
+    with, which are (B, n) values, or (B, n, V) logits. `features` (B, hidden, H, W) are the trunk's.
     """
 
     planes: Tensor
     entities: Tensor | None
+    frame: Tensor
     rewards: Tensor
+    features: Tensor
+
+
+def pick(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Of logits (..., V) the index of the most likely value, or, with `generator`, of one that is drawn."""
+    if generator is None:
+        return logits.argmax(-1)
+    shares = logits.softmax(-1).flatten(0, -2).cpu()
+    return torch.multinomial(shares, 1, generator=generator).view(logits.shape[:-1]).to(logits.device)
 
 
 class WorldModel(nn.Module):
@@ -307,56 +306,38 @@ class WorldModel(nn.Module):
         """`args` names the kind of prediction and the sizes."""
         super().__init__()
         self.game, self.kind, self.painted, self.masked = game, args.model, args.action_input == "painted", args.mask
-        hidden, values = args.hidden_dim, len(game.reward_values)
-        layers: list[nn.Module] = []
-        inputs = channels = game.channels + game.players * game.actions + 1
-        for _ in range(args.num_layers):
-            layers += [nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU()]
-            channels = hidden
+        hidden, n = args.hidden_dim, game.players
+        inputs = game.channels + n * game.actions + 1
+        layers = [nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU()]
+        for _ in range(args.num_layers - 1):
+            layers += [nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.Conv2d(hidden, hidden, 1), nn.ReLU())
-        entities = game.entities if self.kind == "entity" else 0
+        entities = len(game.entity_channels) if self.kind == "entity" else 0
         self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
         here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
         if entities:
             self.gone_head = nn.Sequential(nn.Linear(here, 64), nn.ReLU(), nn.Linear(64, entities))
         # Rewards read what the next state will be: who leaves, and what prey is left in the player's cell.
-        next_state = 0 if self.kind == "mse" else game.players + 2
-        self.reward_head = nn.Sequential(
-            nn.Linear(here + next_state, 64), nn.ReLU(),
-            nn.Linear(64, game.players * (1 if self.kind == "mse" else values)),
-        )  # fmt: skip
+        next_state, values = (0, 1) if self.kind == "mse" else (n + 2, len(game.reward_values))
+        self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
         if args.contrastive_coef > 0.0:
             self.query = nn.Linear(hidden * game.cells, 64)
-            self.key = nn.Sequential(
-                nn.Conv2d(game.channels, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * game.cells, 64)
-            )
-        # Where an entity can be after one step: geometry, and that who is gone stays gone.
-        cell = torch.arange(game.cells)
-        row, column = cell // game.width, cell % game.width
-        near = (row[:, None] - row).abs() + (column[:, None] - column).abs() <= 1
-        reach = torch.ones(game.cells + 1, game.cells + 1, dtype=torch.bool)
-        reach[:-1, :-1], reach[-1, :-1] = near, False
-        self.register_buffer("reach", reach, persistent=False)
+            convolution = nn.Conv2d(game.channels, 32, 3, padding=1)
+            self.key = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(32 * game.cells, 64))
+        self.register_buffer("reach", game.reach, persistent=False)
+        self.register_buffer("values", torch.tensor(game.reward_values), persistent=False)
         self.to(memory_format=torch.channels_last)  # the convolutions are faster so
 
-    def entity_channels(self) -> list[int]:
-        """The planes that hold one entity each."""
-        return [*range(self.game.players), *[self.game.players + 1] * self.game.single_stag]
-
     def inputs(self, obs: Tensor, actions: Tensor, where: Tensor) -> Tensor:
-        """Planes of frames (B, C, H, W), of joint actions (B, n), and of ones; `where` (B, n + 1) are the places."""
-        game, batch = self.game, len(obs)
-        one_hot = F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]  # (B, n, A)
+        """Planes of frames (B, C, H, W), of joint actions (B, n), and of ones; `where` (B, E) are the places."""
+        game = self.game
+        acts = F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]  # (B, n, A)
         if self.painted:
-            painted = torch.zeros(batch, game.players, game.actions, game.cells + 1, device=obs.device)
-            index = where[:, : game.players, None, None].expand(-1, -1, game.actions, 1)
-            painted.scatter_(3, index, one_hot[..., None].float())
-            action_planes = painted[..., :-1].reshape(batch, -1, game.height, game.width)
+            cells = F.one_hot(where[:, : game.players], game.cells + 1)[..., :-1].float()  # (B, n, H W)
         else:
-            action_planes = one_hot.float().view(batch, -1, 1, 1).expand(-1, -1, game.height, game.width)
-        inside = obs.new_ones(
-            batch, 1, game.height, game.width, dtype=torch.float32
-        )  # tells the border from a free cell
+            cells = torch.ones(*actions.shape, game.cells, device=obs.device)
+        action_planes = (acts.float()[..., None] * cells[:, :, None]).view(len(obs), -1, game.height, game.width)
+        inside = torch.ones_like(action_planes[:, :1])  # tells the border from a free cell
         return torch.cat((obs.float(), action_planes, inside), 1)
 
     def at(self, features: Tensor, where: Tensor) -> Tensor:
@@ -364,55 +345,62 @@ class WorldModel(nn.Module):
         index = where.clamp_max(self.game.cells - 1)[:, None].expand(-1, features.shape[1], -1)
         return features.flatten(2).gather(2, index).transpose(1, 2) * (where < self.game.cells)[:, :, None]
 
-    def forward(self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None) -> tuple[Prediction, Tensor]:
-        """The prediction and the features. Rewards are read off `next_obs`, or off the predicted mode without it."""
-        game = self.game
-        where = places(obs, game.players)
+    def forward(
+        self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Prediction:
+        """The prediction. Rewards are read off `next_obs`, or, without it, off the predicted (drawn) frame."""
+        game, n = self.game, self.game.players
+        where = places(obs, game)
         inputs = self.inputs(obs, actions, where)
         features = self.trunk(inputs)
         cells = self.cell_head(features)
         planes, entities = cells[:, : game.channels], None
         own = torch.cat((self.at(features, where), self.at(inputs, where)), 2)
+        # Each entity has an output of its own, so that no head need find out whose cell it reads.
         if self.kind == "entity":
-            index = torch.arange(game.entities, device=obs.device)
-            gone = self.gone_head(own[:, : game.entities])[:, index, index]
+            gone = self.gone_head(own).diagonal(dim1=1, dim2=2)
             entities = torch.cat((cells[:, game.channels :].flatten(2), gone[:, :, None]), 2)
             if self.masked:
-                entities = entities.masked_fill(~self.reach[where[:, : game.entities]], -math.inf)
-        own = own[:, : game.players]
+                entities = entities.masked_fill(~self.reach[where], -math.inf)
+        own, next_obs = own[:, :n], self.frame(planes, entities, generator) if next_obs is None else next_obs
         if self.kind != "mse":
-            if next_obs is None:
-                next_obs = self.frame(planes, entities)
-            after = places(next_obs, game.players)[:, : game.players]
-            gone = (after == game.cells).float()[:, None].expand(-1, game.players, -1)
-            prey = self.at(next_obs[:, -2:].float(), where[:, : game.players])
-            own = torch.cat((own, gone, prey), 2)
-        index = torch.arange(game.players, device=obs.device)
-        # Each player has an output of its own, so that the head need not find out whose cell it reads.
-        rewards = self.reward_head(own).view(len(obs), game.players, game.players, -1)[:, index, index]
-        return Prediction(planes, entities, rewards[..., 0] if self.kind == "mse" else rewards), features
+            gone = (places(next_obs, game)[:, :n] == game.cells).float()[:, None].expand(-1, n, -1)
+            own = torch.cat((own, gone, self.at(next_obs[:, -2:].float(), where[:, :n])), 2)
+        rewards = self.reward_head(own).unflatten(2, (n, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
+        return Prediction(planes, entities, next_obs, rewards[..., 0] if self.kind == "mse" else rewards, features)
 
-    def frame(self, planes: Tensor, entities: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    def frame(self, planes: Tensor, entities: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """The predicted frame (B, C, H, W) uint8: the most likely one, or, with `generator`, one drawn.
 
         Planes of mse, which are values, are rounded at 0.5 and never drawn.
         """
-        game = self.game
         if self.kind == "mse" or generator is None:
-            frame = (planes > (0.5 if self.kind == "mse" else 0.0)).to(torch.uint8)
+            frame = planes > (0.5 if self.kind == "mse" else 0.0)
         else:
-            draw = torch.rand(planes.shape, generator=generator).to(planes.device)
-            frame = (draw < torch.sigmoid(planes)).to(torch.uint8)
+            frame = torch.rand(planes.shape, generator=generator).to(planes.device) < torch.sigmoid(planes)
         if entities is not None:
-            if generator is None:
-                where = entities.argmax(2)
-            else:
-                flat = entities.softmax(2).flatten(0, 1).cpu()
-                where = torch.multinomial(flat, 1, generator=generator).view(entities.shape[:2]).to(planes.device)
-            one_hot = F.one_hot(where, game.cells + 1)[..., :-1].to(torch.uint8)
-            one_hot = one_hot.view(len(planes), -1, game.height, game.width)
-            frame[:, self.entity_channels()] = one_hot
-        return frame
+            one_hot = F.one_hot(pick(entities, generator), self.game.cells + 1)[..., :-1]
+            frame[:, self.game.entity_channels] = one_hot.unflatten(2, frame.shape[2:]).bool()
+        return frame.to(torch.uint8)
+
+    @torch.no_grad()
+    def predict(self, obs: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The most likely next frames (B, C, H, W) uint8 and rewards (B, n), or, with `generator`, drawn ones."""
+        prediction = self(obs.to(self.values.device), actions.to(self.values.device), generator=generator)
+        rewards = prediction.rewards if self.kind == "mse" else self.values[pick(prediction.rewards, generator)]
+        return prediction.frame.cpu(), rewards.cpu()
+
+    @torch.no_grad()
+    def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected next frames (B, C, H, W) and rewards (B, n): what has the least squared error."""
+        prediction = self(obs.to(self.values.device), actions.to(self.values.device))
+        planes, rewards = prediction.planes, prediction.rewards
+        if self.kind != "mse":
+            planes, rewards = torch.sigmoid(planes), (rewards.softmax(2) * self.values).sum(2)
+        if prediction.entities is not None:
+            shares = prediction.entities.softmax(2)[..., :-1]
+            planes[:, self.game.entity_channels] = shares.unflatten(2, planes.shape[2:])
+        return planes.cpu(), rewards.cpu()
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -423,7 +411,6 @@ class Learner:
         """Build everything from the game's sizes."""
         self.args, self.game, self.device = args, game, device
         self.model = WorldModel(game, args).to(device)
-        self.values = torch.tensor(game.reward_values, device=device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
 
     def losses(self, batch: Transitions) -> dict[str, Tensor]:
@@ -432,30 +419,27 @@ class Learner:
         The frame's is summed over a frame and averaged over the batch: a negative log-likelihood in nats, or squares.
         """
         game, model = self.game, self.model
-        prediction, features = model(batch.obs, batch.actions, batch.next_obs)
-        target = batch.next_obs.float()
+        prediction, target = model(batch.obs, batch.actions, batch.next_obs), batch.next_obs.float()
+
+        def nll(logits: Tensor, value: Tensor) -> Tensor:
+            """Of logits (B, K, V) and values (B, K)."""
+            error = F.cross_entropy(logits.flatten(0, 1), value.flatten(), reduction="none")
+            return error.view(value.shape).sum(1).mean()
+
         if model.kind == "mse":
-            result = {
-                "frame": (prediction.planes - target).square().flatten(1).sum(1).mean(),
-                "reward": (prediction.rewards - batch.rewards).square().sum(1).mean(),
-            }
+            frame = (prediction.planes - target).square().flatten(1).sum(1).mean()
+            reward = (prediction.rewards - batch.rewards).square().sum(1).mean()
         else:
-            planes = list(range(game.channels))
-            if model.kind == "entity":
-                planes = [channel for channel in planes if channel not in model.entity_channels()]
-            error = F.binary_cross_entropy_with_logits(
-                prediction.planes[:, planes], target[:, planes], reduction="none"
-            )
+            planes = [c for c in range(game.channels) if model.kind == "cell" or c not in game.entity_channels]
+            logits, cells = prediction.planes[:, planes], target[:, planes]
+            error = F.binary_cross_entropy_with_logits(logits, cells, reduction="none")
             frame = error.flatten(1).sum(1).mean()
             if prediction.entities is not None:
-                after = places(batch.next_obs, game.players)[:, : game.entities]
-                error = F.cross_entropy(prediction.entities.flatten(0, 1), after.flatten(), reduction="none")
-                frame = frame + error.view(after.shape).sum(1).mean()
-            value = (batch.rewards[:, :, None] - self.values).abs().argmin(2)
-            error = F.cross_entropy(prediction.rewards.flatten(0, 1), value.flatten(), reduction="none")
-            result = {"frame": frame, "reward": error.view(value.shape).sum(1).mean()}
+                frame = frame + nll(prediction.entities, places(batch.next_obs, game))
+            reward = nll(prediction.rewards, (batch.rewards[:, :, None] - model.values).abs().argmin(2))
+        result = {"frame": frame, "reward": reward}
         if self.args.contrastive_coef > 0.0:
-            similarity = self.similarity(features, batch.next_obs)
+            similarity = self.similarity(prediction.features, batch.next_obs)
             result["contrastive"] = F.cross_entropy(similarity, torch.arange(len(similarity), device=self.device))
         return result
 
@@ -468,9 +452,8 @@ class Learner:
     def update(self, batch: Transitions, progress: float = 0.0) -> dict[str, Tensor]:
         """One step on the sum of the losses; `progress` in [0, 1] lets the learning rate fall to 0."""
         losses = self.losses(batch)
-        losses["total"] = losses["frame"] + losses["reward"]
-        if "contrastive" in losses:
-            losses["total"] = losses["total"] + self.args.contrastive_coef * losses["contrastive"]
+        weights = {"contrastive": self.args.contrastive_coef}
+        losses["total"] = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.learning_rate * (1.0 - progress)
         self.optimizer.zero_grad()
@@ -483,129 +466,96 @@ class Learner:
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, joint actions -> next frames, rewards
 HUNT_STAG, HUNT_HARE = 5, 6  # actions of Markov Stag-Hunt
 SAME_REWARD = 0.02  # a regression's rounding is no violation; the game's rewards are at least 0.08 apart
-RULES = {
-    "duplicated": "a player or the stag is in two cells",
-    "jumped": "a player moved more than one cell",
-    "vanished": "a player left without catching anything",
-    "reappeared": "a player who was gone is back",
-    "in an obstacle": "a player stands in an obstacle",
-    "prey": "prey came, went without being hunted, or jumped",
-    "obstacles": "an obstacle changed",
-    "reward": "a reward that the game never pays",
-}
+RULES = ("duplicated", "jumped", "vanished", "reappeared", "in an obstacle", "prey", "obstacles", "reward")
 
 
 def violations(
     game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewards: Tensor, stag_moves: bool = False
 ) -> dict[str, Tensor]:
-    """Which frames (B,) break which rule of Markov Stag-Hunt, `any` of them, or `any in the frame`: without the reward.
+    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward.
 
     Frames are uint8, rewards (B, n).
     """
-    n, width = game.players, game.width
-    before, after = obs[:, :n].flatten(2), next_obs[:, :n].flatten(2)
-    was, there, count = before.bool().any(2), after.bool().any(2), after.sum(2, dtype=torch.int64)
-    place = before.to(torch.uint8).argmax(2)
-    cell = torch.arange(game.cells, device=obs.device)
-    row, column = cell // width, cell % width
-    far = (row[place][:, :, None] - row).abs() + (column[place][:, :, None] - column).abs()  # (B, n, cells)
-    stag, next_stag = obs[:, n + 1].flatten(1), next_obs[:, n + 1].flatten(1)
-    hares, next_hares = obs[:, n + 2].flatten(1), next_obs[:, n + 2].flatten(1)
-    together = (place[:, :, None] == place[:, None]) & was[:, :, None] & was[:, None]
-    for_stag, for_hare = (actions == HUNT_STAG) & was, (actions == HUNT_HARE) & was
-    enough = (together & for_stag[:, None]).sum(2) >= 2
-    caught_stag = for_stag & enough & stag.gather(1, place).bool()
-    caught_hare = for_hare & hares.gather(1, place).bool()
-
-    def hunted(by: Tensor) -> Tensor:
-        """Cells (B, cells) in which some player catches."""
-        marks = torch.zeros(len(obs), game.cells, dtype=torch.int64, device=obs.device)
-        return marks.scatter_add_(1, place, by.long()) > 0
-
-    hares_wrong = (next_hares > hares) | ((next_hares < hares) & ~hunted(caught_hare))
-    stag_wrong = (next_stag > stag) | ((next_stag < stag) & ~hunted(caught_stag))
-    if stag_moves:  # it may be in one of the cells around; only their number is left to check
-        around = F.max_pool2d(obs[:, n + 1 : n + 2].float(), 3, 1, 1).flatten(1) > 0
-        lost = stag.sum(1, dtype=torch.int64) - next_stag.sum(1, dtype=torch.int64)
-        stag_wrong = ((next_stag > 0) & ~around) | (lost != hunted(caught_stag).sum(1))[:, None]
-    legal = torch.tensor(game.legal_rewards, device=obs.device)
+    n, now, after = game.players, obs.flatten(2).bool(), next_obs.flatten(2).bool()  # (B, C, H W)
+    players, next_players = now[:, :n], after[:, :n]
+    was, there = players.any(2), next_players.any(2)
+    far = ~game.reach[places(obs, game)[:, :n], :-1]  # (B, n, H W)
+    together = (players[:, :, None] & players[:, None]).any(3)  # (B, n, n)
+    hunters = (together & (actions == HUNT_STAG)[:, None]).sum(2)
+    caught, prey_wrong = torch.zeros_like(was), torch.zeros_like(was[:, 0])
+    for channel, hunts in ((n + 1, (actions == HUNT_STAG) & (hunters >= 2)), (n + 2, actions == HUNT_HARE)):
+        prey, next_prey = now[:, channel], after[:, channel]
+        catches = hunts & (players & prey[:, None]).any(2)
+        hunted = (players & catches[:, :, None]).any(1)  # cells in which somebody catches
+        caught |= catches
+        if stag_moves and channel == n + 1:  # it may be in one of the cells around; only their number is left to check
+            around = F.max_pool2d(obs[:, channel : channel + 1].float(), 3, 1, 1).flatten(1) > 0
+            prey_wrong |= (next_prey & ~around).any(1) | (prey.sum(1) - next_prey.sum(1) != hunted.sum(1))
+        else:
+            prey_wrong |= ((next_prey & ~prey) | (prey & ~next_prey & ~hunted)).any(1)
+    more_stags, legal = after[:, n + 1].sum(1) > now[:, n + 1].sum(1), torch.tensor(game.legal_rewards)
     result = {
-        "duplicated": (count > 1).any(1) | (next_stag.sum(1, dtype=torch.int64) > stag.sum(1, dtype=torch.int64)),
-        "jumped": ((after > 0) & (far > 1) & was[:, :, None]).any(2).any(1),
-        "vanished": (was & ~there & ~caught_stag & ~caught_hare).any(1),
+        "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
+        "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
+        "vanished": (was & ~there & ~caught).any(1),  # left without catching anything
         "reappeared": (~was & there).any(1),
-        "in an obstacle": ((after > 0) & (obs[:, n].flatten(1) > 0)[:, None]).any(2).any(1),
-        "prey": hares_wrong.any(1) | stag_wrong.any(1),
-        "obstacles": (next_obs[:, n] != obs[:, n]).flatten(1).any(1),
-        "reward": ((rewards[:, :, None] - legal).abs().amin(2) > SAME_REWARD).any(1),
+        "in an obstacle": (next_players & now[:, n : n + 1]).flatten(1).any(1),
+        "prey": prey_wrong,  # came, went without being hunted, or jumped
+        "obstacles": (after[:, n] != now[:, n]).any(1),  # changed
+        "reward": ((rewards[:, :, None] - legal).abs().amin(2) > SAME_REWARD).any(1),  # is never paid
     }
     in_frame = torch.stack([broken for rule, broken in result.items() if rule != "reward"]).any(0)
     return result | {"any in the frame": in_frame, "any": in_frame | result["reward"]}
 
 
-def impossible(args: Args | None) -> set[str]:
+def impossible(args: Args) -> list[str]:
     """Violations that a model's form rules out: nothing that it is praised for."""
-    if args is None or args.model == "mse":
-        return set()
-    if args.model == "cell":
-        return {"reward"}
-    return {"reward", "duplicated"} | ({"jumped", "reappeared"} if args.mask else set())
+    rules = {"mse": [], "cell": ["reward"], "entity": ["duplicated", "reward"]}[args.model]
+    return sorted(rules + ["jumped", "reappeared"] * (args.model == "entity" and args.mask))
 
 
-def event_names(game: Game, hare: float = 1.0, stag: float = 10.0) -> dict[float, str]:
-    """What pays each reward: prey and number of hunters, in Markov Stag-Hunt."""
-    names = {}
-    for value in game.legal_rewards:
-        for prey, pay in (("hare", hare), ("stag", stag)):
-            for hunters in range(1, game.players + 1):
-                if abs(value - pay / hunters) < 1e-3:
-                    names[value] = f"{prey}, {hunters} hunter{'s' * (hunters > 1)}"
-    return {value: names.get(value, f"reward {value:g}") for value in game.legal_rewards if value}
-
-
-def measure_frames(
-    game: Game, predict: Predict, data: Transitions, stag_moves: bool = False, batch_size: int = 2_000
-) -> dict[str, Any]:
-    """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
-    n, sums, events = game.players, {}, {value: [0, 0] for value in event_names(game)}
-
-    def add(name: str, hits: Tensor) -> None:
-        total, count = sums.get(name, (0, 0))
-        sums[name] = total + int(hits.sum()), count + hits.numel()
-
-    for rows in torch.arange(len(data.obs)).split(batch_size):
-        batch = data.select(rows)
-        frame, rewards = predict(batch.obs, batch.actions)
-        right = (frame == batch.next_obs).flatten(2).all(2)  # (B, C)
-        exact, changed = right.all(1), (batch.next_obs != batch.obs).flatten(1).any(1)
-        paid = ((rewards - batch.rewards).abs() < SAME_REWARD).all(1)
-        add("exact", exact)
-        add("exact_changed", exact[changed])
-        add("exact_players", right[:, :n].all(1))
-        for i, name in enumerate(game.channel_names):
-            add(f"exact {name}", right[:, i])
-        for name, broken in violations(game, batch.obs, batch.actions, frame, rewards, stag_moves).items():
-            add(f"violation {name}", broken)
-        add("reward", paid)
-        add("reward_event", paid[(batch.rewards != 0).any(1)])
-        add("exact_event", exact[(batch.rewards != 0).any(1)])
-        for value, count in events.items():
-            chosen = ((batch.rewards - value).abs() < 1e-3).any(1)
-            count[0], count[1] = count[0] + int(paid[chosen].sum()), count[1] + int(chosen.sum())
-    result: dict[str, Any] = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-    names = event_names(game)
-    result["events"] = {names[v]: {"frames": c[1], "exact": c[0] / c[1]} for v, c in events.items() if c[1]}
+def payments(players: int) -> dict[str, float]:
+    """What each hunter is paid in Markov Stag-Hunt, by prey and number of hunters."""
+    result = {}
+    for prey, pay in (("hare", 1.0), ("stag", 10.0)):
+        for hunters in range(1, players + 1):
+            result[f"{prey}, {hunters} hunter{'s' * (hunters > 1)}"] = pay / hunters
     return result
 
 
-def measure_values(expected: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], data: Transitions) -> dict[str, Any]:
+def measure_frames(game: Game, predict: Predict, data: Transitions, stag_moves: bool = False) -> dict[str, Any]:
+    """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
+    events, counts = payments(game.players), {}
+    others = [pay for pay in game.legal_rewards if pay and all(abs(pay - known) > 1e-3 for known in events.values())]
+    events |= {f"reward {pay:g}": pay for pay in others}
+    for batch in data.batches():
+        frame, rewards = predict(batch.obs, batch.actions)
+        right = (frame == batch.next_obs).flatten(2).all(2)  # (B, C)
+        exact, changed = right.all(1), (batch.next_obs != batch.obs).flatten(1).any(1)
+        paid, event = ((rewards - batch.rewards).abs() < SAME_REWARD).all(1), (batch.rewards != 0).any(1)
+        broken = violations(game, batch.obs, batch.actions, frame, rewards, stag_moves)
+        hits = {
+            "exact": exact, "exact_changed": exact[changed], "exact_players": right[:, : game.players].all(1),
+            **{f"exact {name}": right[:, i] for i, name in enumerate(game.channel_names)},
+            **{f"violation {rule}": rows for rule, rows in broken.items()},
+            "reward": paid, "reward_event": paid[event], "exact_event": exact[event],
+            **{name: paid[((batch.rewards - pay).abs() < 1e-3).any(1)] for name, pay in events.items()},
+        }  # fmt: skip
+        for name, hit in hits.items():
+            total, number = counts.get(name, (0, 0))
+            counts[name] = (total + int(hit.sum()), number + hit.numel())
+    shares = {name: total / number if number else math.nan for name, (total, number) in counts.items()}
+    seen = {name: {"frames": counts[name][1], "exact": shares[name]} for name in events if counts[name][1]}
+    return {name: share for name, share in shares.items() if name not in events} | {"events": seen}
+
+
+def measure_values(expected: Predict, data: Transitions) -> dict[str, Any]:
     """Squared errors of expected frames (B, C, H, W) and rewards (B, n), and both definitions of PSNR, in dB.
 
     `psnr_of_mean` is 10 log10(1 / MSE); `mean_of_psnr` averages over frames, none of which counts above 100 dB.
     """
     frames, rewards = [], []
-    for rows in torch.arange(len(data.obs)).split(2_000):
-        batch = data.select(rows)
+    for batch in data.batches():
         frame, reward = expected(batch.obs, batch.actions)
         frames.append((frame - batch.next_obs.float()).square().double().flatten(2).mean(2))
         rewards.append((reward - batch.rewards).square().double())
@@ -618,65 +568,20 @@ def measure_values(expected: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], 
     }  # fmt: skip
 
 
-def measure_open_loop(game: Game, predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
+def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
     """Share of exact frames after k steps that see only predicted frames, of those games that last `steps` steps more.
 
     All games are rolled out together. Starts are where such a game is first seen, and every `steps` steps.
     """
-    last = torch.arange(len(data.obs))
-    for _ in range(steps - 1):
-        last = torch.where(last >= 0, data.following[last.clamp_min(0)], last)
-    rows = ((last >= 0) & (data.t % steps == 0)).nonzero()[:, 0]
-    result = {}
-    frame = data.obs[rows]
+    first = torch.arange(max(len(data.obs) - steps + 1, 0))
+    rows = first[(data.game[first] == data.game[first + steps - 1]) & (data.t[first] % steps == 0)]
+    frame, result = data.obs[rows], {}
     for k in range(1, steps + 1 if len(rows) else 1):
-        parts = [predict(*pair)[0] for pair in zip(frame.split(2_000), data.actions[rows].split(2_000), strict=True)]
-        frame = torch.cat(parts)
+        parts = zip(frame.split(2_000), data.actions[rows].split(2_000), strict=True)
+        frame = torch.cat([predict(*part)[0] for part in parts])
         result[k] = float((frame == data.next_obs[rows]).flatten(1).all(1).float().mean())
-        rows = data.following[rows]
+        rows = rows + 1
     return result
-
-
-class Tested(NamedTuple):
-    """A model under test: its likeliest frames, draws (if it can), expected values, and arguments (if it is ours)."""
-
-    mode: Predict
-    sample: Predict | None
-    expected: Predict
-    args: Args | None
-
-
-def wrap(learner: Learner, seed: int) -> Tested:
-    """A trained model's ways to predict; draws have a random stream of their own."""
-    model, generator = learner.model, torch.Generator().manual_seed(seed)
-    values = learner.values
-
-    @torch.no_grad()
-    def mode(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        prediction, _ = model(obs, actions)
-        rewards = prediction.rewards if model.kind == "mse" else values[prediction.rewards.argmax(2)]
-        return model.frame(prediction.planes, prediction.entities), rewards
-
-    @torch.no_grad()
-    def sample(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        prediction, _ = model(obs, actions)
-        frame = model.frame(prediction.planes, prediction.entities, generator)
-        logits = model(obs, actions, frame)[0].rewards
-        drawn = torch.multinomial(logits.softmax(2).flatten(0, 1).cpu(), 1, generator=generator).view(actions.shape)
-        return frame, values[drawn.to(values.device)]
-
-    @torch.no_grad()
-    def expected(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        prediction, _ = model(obs, actions)
-        if model.kind == "mse":
-            return prediction.planes, prediction.rewards
-        planes = torch.sigmoid(prediction.planes)
-        if prediction.entities is not None:
-            shares = prediction.entities.softmax(2)[..., :-1].view(len(obs), -1, *obs.shape[2:])
-            planes[:, model.entity_channels()] = shares
-        return planes, (prediction.rewards.softmax(2) * values).sum(2)
-
-    return Tested(mode, None if model.kind == "mse" else sample, expected, learner.args)
 
 
 @torch.no_grad()
@@ -685,32 +590,29 @@ def calibration(learner: Learner, data: Transitions, bins: int = 15) -> dict[str
 
     (With `cell` the error is that of each plane's value in each cell.) Not defined for `mse`.
     """
-    model, game = learner.model, learner.game
-    nll, confidence, hits = [], [], []
-    for rows in torch.arange(len(data.obs)).split(2_000):
-        batch = data.select(rows)
-        nll.append(float(learner.losses(batch)["frame"]) * len(rows))
-        prediction, _ = model(batch.obs, batch.actions)
+    n, nll, shares, hits = learner.game.players, 0.0, [], []
+    for batch in data.batches():
+        batch = batch.to(learner.device)
+        nll += float(learner.losses(batch)["frame"]) * len(batch.obs)
+        prediction = learner.model(batch.obs, batch.actions)
         if prediction.entities is not None:
-            top, place = prediction.entities.softmax(2)[:, : game.players].max(2)
-            right = place == places(batch.next_obs, game.players)[:, : game.players]
+            share, place = prediction.entities.softmax(2)[:, :n].max(2)
+            right = place == places(batch.next_obs, learner.game)[:, :n]
         else:
-            share = torch.sigmoid(prediction.planes[:, : game.players])
-            top, right = torch.maximum(share, 1.0 - share), (share > 0.5) == batch.next_obs[:, : game.players].bool()
-        confidence.append(top.flatten())
-        hits.append(right.flatten().float())
-    share, right = torch.cat(confidence), torch.cat(hits)
-    index = (share * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins).index_add_(0, index, share - right)
-    return {"nll": sum(nll) / len(data.obs), "ece": float(gap.abs().sum() / len(share))}
+            one = torch.sigmoid(prediction.planes[:, :n])
+            share, right = torch.maximum(one, 1.0 - one), (one > 0.5) == batch.next_obs[:, :n].bool()
+        shares.append(share.flatten().cpu())
+        hits.append(right.flatten().float().cpu())
+    share, right = torch.cat(shares), torch.cat(hits)
+    gap = torch.zeros(bins).index_add_(0, (share * bins).long().clamp_max(bins - 1), share - right)
+    return {"nll": nll / len(data.obs), "ece": float(gap.abs().sum() / len(share))}
 
 
 @torch.no_grad()
 def ranking(learner: Learner, data: Transitions, pool: int = 1_000) -> dict[str, float]:
     """Hits@1 and mean reciprocal rank of the true next frame among a pool of as many, by the contrastive similarity."""
-    batch = data.select(torch.linspace(0, len(data.obs) - 1, min(pool, len(data.obs))).long())
-    _, features = learner.model(batch.obs, batch.actions)
-    similarity = learner.similarity(features, batch.next_obs)
+    batch = data.spread(pool).to(learner.device)
+    similarity = learner.similarity(learner.model(batch.obs, batch.actions).features, batch.next_obs)
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
     return {"hits_at_1": float((rank == 1).float().mean()), "mrr": float((1.0 / rank).mean()), "pool": len(batch.obs)}
 
@@ -723,132 +625,41 @@ def game_limit(args: Args, data: Transitions, rows: int = 300, draws: int = 100)
     """
     if not args.stag_moves:
         return 1.0
-    preset = stag_hunt.PRESETS[args.env_id]
-    env = stag_hunt.parallel_env(**preset, n_blocks=args.n_blocks, stag_moves=True, max_cycles=args.max_cycles + 1)
-    env.reset(seed=0)
-    n, cells, shares = preset["n_players"], preset["size"] ** 2, []
-    for row in torch.linspace(0, len(data.obs) - 1, rows).long().tolist():
-        planes = data.obs[row].flatten(1).numpy().astype(bool)
-        state = {"players": [int(p.argmax()) if p.any() else cells for p in planes[:n]], "blocks": planes[n]}
-        for name, plane, count in (
-            ("stags", planes[n + 1], preset["n_stags"]),
-            ("hares", planes[n + 2], preset["n_hares"]),
-        ):
-            there = np.flatnonzero(plane).tolist()
-            state[name] = there + [cells] * (count - len(there))
-        outcomes: dict[tuple[int, ...], int] = {}
-        for seed in range(draws):
-            env.set_state({name: np.array(value) for name, value in state.items()} | {"seed": np.array(seed), "t": 0})
-            env.step({name: int(data.actions[row, int(name.split("_")[1])]) for name in env.agents})
-            after = env.get_state()
-            key = tuple(sorted(after["stags"].tolist()))
-            outcomes[key] = outcomes.get(key, 0) + 1
-        shares.append(max(outcomes.values()) / draws)
-    return float(np.mean(shares))
+    config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=True)
+    batch = data.spread(rows)
+    return float(stag_hunt.commonest_shares(batch.obs.numpy(), batch.actions.numpy(), config, draws).mean())
 
 
-def measure_all(
-    tested: Tested, learner: Learner | None, args: Args, game: Game, train: Transitions, test: Transitions
-) -> dict[str, Any]:
-    """Everything that the report, `metrics.json` and the pictures need."""
-    mean = train.next_obs.float().mean(0), train.rewards.mean(0)
-    result: dict[str, Any] = {
-        "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(tested.expected, test),
-        "values_copy": measure_values(lambda obs, _: (obs.float(), torch.zeros(len(obs), game.players)), test),
-        "values_mean": measure_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
-        "mode": measure_frames(game, tested.mode, test, args.stag_moves),
-        "sample": measure_frames(game, tested.sample, test, args.stag_moves) if tested.sample else None,
-        "copy": measure_frames(game, lambda obs, _: (obs, torch.zeros(len(obs), game.players)), test, args.stag_moves),
-        "open_loop": measure_open_loop(game, tested.mode, test, args.open_loop_steps),
-        "impossible": sorted(impossible(tested.args)),
-    }  # fmt: skip
-    offset = [0]
+class Foreign:
+    """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
 
-    def truth(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        rows = slice(offset[0], offset[0] + len(obs))
-        offset[0] += len(obs)
-        return test.next_obs[rows], test.rewards[rows]
-
-    result["truth"] = measure_frames(game, truth, test, args.stag_moves)
-    if learner is not None and learner.args.model != "mse":
-        result["calibration"] = calibration(learner, test)
-    if learner is not None and learner.args.contrastive_coef > 0.0:
-        result["ranking"] = ranking(learner, test)
-    return result
-
-
-def report(result: dict[str, Any], game: Game, name: str) -> str:
-    """One screen of text."""
-    values, copy, mean = result["values"], result["values_copy"], result["values_mean"]
-    lines = [
-        f"=== {name}: {result['rows']:,} transitions ===",
-        f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
-        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of the mean error; {values['mean_of_psnr']:.2f} dB as the mean of",
-        "          all frames (at most 100 each)",
-        f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
-    ]
-    channels = zip(game.channel_names, values["channel_mse"], strict=True)
-    lines += ["Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels), ""]
-    columns = [key for key in ("mode", "sample", "copy", "truth") if result[key]]
-    lines.append(f"{'share of frames, %':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}")
-    rows = {
-        "exact": "exactly right", "exact_changed": "... where something changed",
-        "exact_event": "... where prey was caught", "exact_players": "all players right",
-        "reward": "all rewards right", "reward_event": "... where prey was caught",
-    }  # fmt: skip
-    for key, label in rows.items():
-        limit = f"{100 * result['limit']:10.3f}" if key == "exact" else ""
-        lines.append(f"{label:34}" + "".join(f"{100 * result[c][key]:10.3f}" for c in columns) + limit)
-    for rule in [*RULES, "any in the frame", "any"]:
-        label = f"breaks a rule: {rule}" + ("*" if rule in result["impossible"] else "")
-        lines.append(f"{label:34}" + "".join(f"{100 * result[c][f'violation {rule}']:10.3f}" for c in columns))
-    if result["impossible"]:
-        lines.append("  * cannot happen by the model's form")
-    lines.append("")
-    events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
-    lines.append("rewards exact: " + "; ".join(events))
-    for key, label in (("calibration", "calibration"), ("ranking", "contrastive")):
-        if key in result:
-            lines.append(f"{label}: " + ", ".join(f"{k} {v:.4g}" for k, v in result[key].items()))
-    shown = [k for k in (1, 3, 5, 10, 20) if k in result["open_loop"]]
-    if shown:
-        rolled = ", ".join(f"{k}: {100 * result['open_loop'][k]:.2f}" for k in shown)
-        lines.append(f"open loop, % of frames exactly right after k steps: {rolled}   (limit 100 if nothing is random)")
-    return "\n".join(lines)
-
-
-def load_function(name: str, game: Game) -> Tested:
-    """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays.
-
-    Raises ValueError with one line if it cannot be found, or returns wrong shapes or values that are not finite.
-    """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a stranger's module raises
-        raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
-
-    def expected(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, name: str) -> None:
+        """Import it. Raises ValueError with one line if it cannot be found."""
+        self.name, (module, _, attribute) = name, name.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
         try:
-            outputs = function(obs.numpy().astype(np.float32), actions.numpy())
+            self.function = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # whatever a stranger's module raises
+            raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
+
+    def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """What it returns. Raises ValueError with one line for wrong shapes or values that are not finite."""
+        try:
+            outputs = self.function(obs.numpy().astype(np.float32), actions.numpy())
             frame, rewards = (np.asarray(value, np.float32) for value in outputs)
         except Exception as error:
-            raise ValueError(f"{name} failed ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{self.name} failed ({type(error).__name__}: {error})") from None
         for what, value, shape in (("next_obs", frame, tuple(obs.shape)), ("rewards", rewards, tuple(actions.shape))):
             if value.shape != shape:
-                raise ValueError(f"{name} returned {what} of shape {value.shape}, {shape} expected")
-            if not np.isfinite(value).all():
-                raise ValueError(
-                    f"{name} returned {what} with {int((~np.isfinite(value)).sum())} values that are not finite"
-                )
+                raise ValueError(f"{self.name} returned {what} of shape {value.shape}, {shape} expected")
+            if infinite := int((~np.isfinite(value)).sum()):
+                raise ValueError(f"{self.name} returned {what} with {infinite} values that are not finite")
         return torch.from_numpy(frame), torch.from_numpy(rewards)
 
-    def mode(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        frame, rewards = expected(obs, actions)
+    def predict(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Next frames with zeros and ones, and rewards."""
+        frame, rewards = self.expected(obs, actions)
         return (frame > 0.5).to(torch.uint8), rewards
-
-    return Tested(mode, None, expected, None)
 
 
 def load_model(path: Path, game: Game, device: torch.device) -> Learner:
@@ -858,13 +669,74 @@ def load_model(path: Path, game: Game, device: torch.device) -> Learner:
         args, theirs = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of world_model_test.py ({type(error).__name__})") from None
-    sizes = [(g.channels, g.height, g.width, g.players) for g in (theirs, game)]
-    if sizes[0] != sizes[1]:
-        shapes = [f"frames {s[:3]} of {s[3]} players" for s in sizes]
+    shapes = [f"frames {(g.channels, g.height, g.width)} of {g.players} players" for g in (theirs, game)]
+    if shapes[0] != shapes[1]:
         raise ValueError(f"{path} is a model of {shapes[0]}, the data have {shapes[1]}")
     learner = Learner(args, theirs, device)
     learner.model.load_state_dict(content["model"])
     return learner
+
+
+def measure_all(
+    model: WorldModel | Foreign, learner: Learner | None, args: Args, game: Game, train: Transitions, test: Transitions
+) -> dict[str, Any]:
+    """Everything that the report, `metrics.json` and the pictures need; `learner` is None for a foreign model."""
+    own, mean = learner.args if learner else None, (train.next_obs.float().mean(0), train.rewards.mean(0))
+    generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
+    draws = own is not None and own.model != "mse"
+    true = ((batch.next_obs, batch.rewards) for batch in test.batches())
+
+    def copy(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        return obs, torch.zeros(len(obs), game.players)
+
+    sample = (lambda obs, actions: model.predict(obs, actions, generator)) if draws else None
+    ways = {"mode": model.predict, "sample": sample, "copy": copy, "truth": lambda *_: next(true)}
+    result: dict[str, Any] = {
+        "rows": len(test.obs), "limit": game_limit(args, test), "values": measure_values(model.expected, test),
+        "values_copy": measure_values(copy, test),
+        "values_mean": measure_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
+        **{way: predict and measure_frames(game, predict, test, args.stag_moves) for way, predict in ways.items()},
+        "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
+        "impossible": impossible(own) if own else [],
+    }  # fmt: skip
+    if draws:
+        result["calibration"] = calibration(learner, test)
+    if own and own.contrastive_coef > 0.0:
+        result["ranking"] = ranking(learner, test)
+    return result
+
+
+def report(result: dict[str, Any], game: Game, name: str) -> str:
+    """One screen of text."""
+    values, copy, mean = result["values"], result["values_copy"], result["values_mean"]
+    channels = zip(game.channel_names, values["channel_mse"], strict=True)
+    columns = [key for key in ("mode", "sample", "copy", "truth") if result[key]]
+    lines = [
+        f"=== {name}: {result['rows']:,} transitions ===",
+        f"Obs MSE:  {values['obs_mse']:.6f}   (copied frame {copy['obs_mse']:.6f}, mean frame {mean['obs_mse']:.6f})",
+        f"Obs PSNR: {values['psnr_of_mean']:.2f} dB of mean error, {values['mean_of_psnr']:.2f} dB as mean of frames",
+        f"Rew MSE:  {values['reward_mse']:.6f}   (nothing {copy['reward_mse']:.6f}, the mean {mean['reward_mse']:.6f})",
+        "Per-channel MSE: " + ", ".join(f"{channel} {value:.2e}" for channel, value in channels),
+        f"\n{'share of frames, %  *: impossible':34}" + "".join(f"{key:>10}" for key in columns) + f"{'limit':>10}",
+    ]
+    rows = {
+        "exact": "exactly right", "exact_changed": "... where something changed",
+        "exact_event": "... where prey was caught", "exact_players": "all players right",
+        "reward": "all rewards right", "reward_event": "... where prey was caught",
+    }  # fmt: skip
+    for rule in [*RULES, "any in the frame", "any"]:
+        rows[f"violation {rule}"] = f"breaks a rule: {rule}{'*' * (rule in result['impossible'])}"
+    for key, label in rows.items():
+        shares = [result[column][key] for column in columns] + [result["limit"]] * (key == "exact")
+        lines.append(f"{label:34}" + "".join(f"{100 * share:10.3f}" for share in shares))
+    events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
+    lines.append("\nrewards exact: " + "; ".join(events))
+    for key in [key for key in ("calibration", "ranking") if key in result]:
+        lines.append(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
+    rolled = ", ".join(f"{k}: {100 * v:.2f}" for k, v in result["open_loop"].items() if k in (1, 3, 5, 10, 20))
+    if rolled:
+        lines.append(f"open loop, % of frames exactly right after k steps: {rolled}   (limit 100 if nothing is random)")
+    return "\n".join(lines)
 
 
 # --- run folder, logging, checkpoints: the same text in every script ---
@@ -1072,84 +944,59 @@ class Run:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-COLOURS = ("#1f69c8", "#cd3e32", "#8a4fbf", "#d98a1f", "#2e8c57", "#555555")
+def draw_frame(axis: Any, frame: Tensor, title: str, actions: Tensor | None = None, outlined: bool = False) -> None:
+    """A frame (C, H, W): obstacles grey, stag brown, hares green; players as numbers, the ego as 0, with actions."""
+    ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
+    kind = (frame[-3:].long() * torch.arange(1, 4)[:, None, None]).amax(0)
+    axis.pcolormesh(ground[kind], edgecolors="#e4e4e0", linewidth=0.5)
+    axis.set(xticks=[], yticks=[], ylim=(len(kind), 0), aspect="equal")
+    axis.spines[:].set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
+    axis.set_title(title, fontsize=7)
+    for i, row, column in frame[:-3].nonzero().tolist():
+        x, y = column + (0.25, 0.75)[i % 2], row + (0.28, 0.72)[i // 2 % 2]
+        action = -1 if actions is None else int(actions[i])
+        sign = "↑↓←→·SH"[action : action + 1]  # S, H: hunts the stag, a hare; nothing for who does not act
+        axis.text(x, y, f"{i}{sign}", color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
 
 
-def draw_frame(axis: Any, game: Game, frame: Tensor, actions: Tensor | None = None, outlined: bool = False) -> None:
-    """A frame (C, H, W): obstacles grey, stag brown, hares green, players as discs, with arrows for their actions."""
-    n = game.players
-    axis.set(xlim=(-0.5, game.width - 0.5), ylim=(game.height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
-    for spine in axis.spines.values():
-        spine.set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
-    axis.vlines(np.arange(1, game.width) - 0.5, -0.5, game.height - 0.5, color="#e4e4e0", linewidth=0.5)
-    axis.hlines(np.arange(1, game.height) - 0.5, -0.5, game.width - 0.5, color="#e4e4e0", linewidth=0.5)
-    for channel, colour in ((n, "#8d9096"), (n + 1, "#d9b48c"), (n + 2, "#bfe3c9")):
-        for row, column in frame[channel].nonzero().tolist():
-            axis.fill(
-                (column - 0.5, column + 0.5, column + 0.5, column - 0.5),
-                (row - 0.5, row - 0.5, row + 0.5, row + 0.5),
-                colour,
-            )
-    moves = ((0, -0.6), (0, 0.6), (-0.6, 0), (0.6, 0))
-    for i in range(n):
-        for row, column in frame[i].nonzero().tolist():
-            x, y = column + (-0.22, 0.22)[i % 2], row + (-0.22, 0.22)[i // 2 % 2]
-            axis.plot(x, y, "o", markersize=5, color=COLOURS[i % len(COLOURS)])
-            if actions is not None and 0 <= (action := int(actions[i])) < len(moves):
-                axis.annotate("", (x + moves[action][0], y + moves[action][1]), (x, y), arrowprops={"arrowstyle": "->"})
-            elif actions is not None and action in (HUNT_STAG, HUNT_HARE):
-                axis.plot(x, y, "x", markersize=8, color="black")
-
-
-def draw_transitions(game: Game, tested: Tested, data: Transitions, stag_moves: bool, worst: bool) -> Figure:
+def draw_transitions(game: Game, predict: Predict, data: Transitions, stag_moves: bool, worst: bool) -> Figure:
     """8 transitions: the frame with the joint action, the true next frame, the predicted one, outlined if unlawful.
 
     The worst are those that break a rule, then those that are wrong; else they are spread evenly.
     """
-    picked = torch.linspace(0, len(data.obs) - 1, min(len(data.obs), 20_000 if worst else 8)).long()
-    batch = data.select(picked)
-    frame, rewards = tested.mode(batch.obs, batch.actions)
+    batch = data.spread(20_000 if worst else 8)
+    frame, rewards = predict(batch.obs, batch.actions)
     broken = violations(game, batch.obs, batch.actions, frame, rewards, stag_moves)
+    wrong, rows = (frame != batch.next_obs).flatten(1).sum(1), torch.arange(len(frame))
     if worst:
-        wrong = (frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken["any"]
-        wrong = wrong + ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
-        rows = wrong.argsort(descending=True, stable=True)[:8]
-    else:
-        rows = torch.arange(len(picked))
-    figure = Figure(figsize=(7.5, 2.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for row, line in zip(rows.tolist(), axes, strict=True):
-        rules = [rule for rule in RULES if broken[rule][row]]
-        draw_frame(line[0], game, batch.obs[row], batch.actions[row])
-        draw_frame(line[1], game, batch.next_obs[row])
-        draw_frame(line[2], game, frame[row], outlined=bool(rules))
-        paid = [", ".join(f"{v:.2f}" for v in r[row].tolist()) for r in (batch.rewards, rewards)]
-        line[0].set_title("frame and joint action", fontsize=8)
-        line[1].set_title(f"true next frame, rewards {paid[0]}", fontsize=8)
-        right = "right" if torch.equal(frame[row], batch.next_obs[row]) else "wrong"
-        line[2].set_title(f"predicted ({', '.join(rules) or right}), {paid[1]}", fontsize=8)
+        score = wrong + 1_000 * broken["any"] + ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
+        rows = score.argsort(descending=True, stable=True)[:8]
+    figure = Figure(figsize=(9.0, 3.2 * len(rows)), layout="constrained")
+    for row, axes in zip(rows.tolist(), figure.subplots(len(rows), 3, squeeze=False), strict=True):
+        verdict = ", ".join(rule for rule in RULES if broken[rule][row])
+        true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (batch.rewards, rewards))
+        title = f"predicted: {verdict or ('wrong' if wrong[row] else 'right')}\nrewards {paid}"
+        draw_frame(axes[0], batch.obs[row], "frame and joint action", batch.actions[row])
+        draw_frame(axes[1], batch.next_obs[row], f"true next frame\nrewards {true}")
+        draw_frame(axes[2], frame[row], title, outlined=bool(verdict))
     return figure
 
 
 def draw_summary(result: dict[str, Any], title: str) -> Figure:
     """Violations by rule, and exact frames in open loop with the limit."""
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    figure.suptitle(title)
     bars, curve = figure.subplots(1, 2)
     names = [*RULES, "any in the frame", "any"]
-    kinds = [kind for kind in ("mode", "sample", "copy") if result[kind]]
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(kind for kind in ("mode", "sample", "copy") if result[kind]):
         heights = [100 * result[kind][f"violation {name}"] for name in names]
         bars.bar(np.arange(len(names)) + 0.27 * i, heights, 0.25, label=kind)
     bars.set_xticks(np.arange(len(names)) + 0.27, names, rotation=40, ha="right", fontsize=8)
-    bars.set(ylabel="frames that break a rule, %")
-    bars.legend(fontsize=8)
-    steps = list(result["open_loop"])
-    curve.plot(steps, [100 * result["open_loop"][k] for k in steps], marker=".", label="most likely frame")
-    if result["limit"] == 1.0:
-        curve.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
+    bars.set(title=title, ylabel="frames that break a rule, %")
+    shares = [100 * share for share in result["open_loop"].values()]
+    curve.plot(list(result["open_loop"]), shares, marker=".", label="most likely frame")
+    curve.axhline(100 * result["limit"], color="black", linestyle="--", linewidth=1, label="limit of the first step")
     curve.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(0, 103))
-    curve.grid(alpha=0.3)
+    bars.legend(fontsize=8)
     curve.legend(fontsize=8)
     return figure
 
@@ -1157,41 +1004,33 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def check(args: Args) -> Args:
     """Check all sizes. Raises ValueError with one line."""
-    at_least_one = {
-        "checkpoint_frequency", "eval_frequency", "max_cycles", "rows", "test_rows", "total_timesteps", "hidden_dim",
-        "num_layers", "batch_size", "open_loop_steps",
-    }  # fmt: skip
+    may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef", "learning_rate")
     for name, value in asdict(args).items():
-        least = 1 if name in at_least_one else 0
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+        least = 0 if name in may_be_zero else 1
+        if type(value) in (int, float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
     return args
 
 
 def find_game(train: Transitions, test: Transitions, args: Args) -> Game:
-    """The game's sizes and rewards, from its training data. Raises ValueError if both parts do not fit together."""
-    if train.obs.shape[1:] != test.obs.shape[1:] or train.actions.shape[1] != test.actions.shape[1]:
-        raise ValueError(f"training frames {tuple(train.obs.shape[1:])}, test frames {tuple(test.obs.shape[1:])}")
-    values = sorted({round(value, 4) for value in train.rewards.unique().tolist()} | {0.0})
+    """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
+    players, seen = train.actions.shape[1], train.rewards.unique().tolist()
+    values = sorted({round(value, 4) for value in seen} | {0.0})
     if args.model != "mse" and len(values) > 100:
         raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
     legal = sorted({*values, *test.rewards.unique().tolist()})
-    if args.data is None:  # what Markov Stag-Hunt pays: one hare or stag, shared by its hunters
-        config, players = stag_hunt.Config(), range(1, train.actions.shape[1] + 1)
-        legal = [0.0, *(pay / hunters for pay in (config.hare_reward, config.stag_reward) for hunters in players)]
-    exact = [min(train.rewards.unique().tolist(), key=lambda own: abs(own - value)) for value in values]
+    if args.data is None:
+        legal = [0.0, *payments(players).values()]
+    exact = [min(seen, key=lambda own: abs(own - value)) for value in values]
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
-    stags = int(train.obs[:, train.actions.shape[1] + 1].flatten(1).sum(1).max())
-    return Game(train.actions.shape[1], *train.obs.shape[2:], actions, exact, stags <= 1, legal)
+    stags = int(train.obs[:, players + 1].flatten(1).sum(1).max())
+    return Game(players, *train.obs.shape[2:], actions, exact, stags <= 1, legal)
 
 
-def check_mask(game: Game, learner: Learner, data: Transitions) -> None:
+def check_mask(game: Game, data: Transitions) -> None:
     """Raises ValueError if the mask forbids what happened: then this is another game."""
-    if learner.model.kind == "entity" and learner.model.masked:
-        before, after = (places(obs, game.players)[:, : game.entities] for obs in (data.obs, data.next_obs))
-        far = (~learner.model.reach.cpu()[before, after]).any(1)
-        if far.any():
-            raise ValueError(f"in {int(far.sum())} rows a player moves more than one cell or comes back; add --no-mask")
+    if far := int((~game.reach[places(data.obs, game), places(data.next_obs, game)]).any(1).sum()):
+        raise ValueError(f"in {far} rows a player moves more than one cell or comes back; add --no-mask")
 
 
 def main(args: Args) -> Path:
@@ -1203,69 +1042,65 @@ def main(args: Args) -> Path:
     try:
         train, test = find_data(check(args))
         game = find_game(train, test, args)
-        learner = Learner(args, game, device)
-        if args.load is None:
-            check_mask(game, learner, train)
-            tested = wrap(learner, args.seed)
-        elif ":" in args.load and not Path(args.load).exists():
-            learner, tested = None, load_function(args.load, game)
-            tested.mode(test.obs[:2], test.actions[:2])  # does it work at all?
+        learner = None
+        if args.load and ":" in args.load and not Path(args.load).exists():
+            model = Foreign(args.load)
+            model.predict(test.obs[:2], test.actions[:2])  # does it work at all?
         else:
-            learner = load_model(Path(args.load), game, device)
-            tested = wrap(learner, args.seed)
+            learner = Learner(args, game, device) if args.load is None else load_model(Path(args.load), game, device)
+            model = learner.model
+        if args.load is None and args.model == "entity" and args.mask:
+            check_mask(game, train)
     except ValueError as error:
         usage_error(str(error))
     digest = hashlib.sha256(train.obs.numpy().data).hexdigest()
     run = Run(args)
-    step, losses = 0, {}
+    step = 0
     if run.checkpoint is not None:
         if run.checkpoint["data"] != digest:
             usage_error(f"the data are not those that {run.folder} began with; restore them")
         step = run.checkpoint["step"]
-        learner.model.load_state_dict(run.checkpoint["model"])
+        model.load_state_dict(run.checkpoint["model"])
         learner.optimizer.load_state_dict(run.checkpoint["optimizer"])
         run.restore_random_state()
-    on_device = Transitions(*[value.to(device) for value in train])
-    sample = test.select(torch.linspace(0, len(test.obs) - 1, min(5_000, len(test.obs))).long())
+    on_device, sample = train.to(device), test.spread(5_000)
     for step in range(step + 1, args.total_timesteps + 1 if args.load is None else 0):  # noqa: B020
         batch = on_device.select(torch.randint(len(train.obs), (args.batch_size,)).to(device))
         losses = learner.update(batch, (step - 1) / args.total_timesteps)
-        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
+        last = step == args.total_timesteps
+        evaluating, saving = (last or step % often == 0 for often in (args.eval_frequency, args.checkpoint_frequency))
         run.progress(step, f"{100 * run.eval_rows[-1]['exact']:.2f} % exact" if run.eval_rows else "")
-        if step % 100 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
+        if step % 100 == 0 or evaluating or saving or run.signal:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
-        if evaluating or last:
-            metrics = measure_frames(game, tested.mode, sample, args.stag_moves)
-            run.log_evaluation(step, {
-                "exact": metrics["exact"], "exact_changed": metrics["exact_changed"],
-                "any_violation": metrics["violation any"], "reward_event": metrics["reward_event"],
-                "obs_mse": measure_values(tested.expected, sample)["obs_mse"],
-            })  # fmt: skip
-        if step % args.checkpoint_frequency == 0 or last or run.signal:
-            state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
+        if evaluating:
+            metrics = measure_frames(game, model.predict, sample, args.stag_moves)
+            metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, sample)}
+            names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
+            run.log_evaluation(step, {name: metrics[name] for name in names})
+        if saving or run.signal:
+            state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
             run.save_checkpoint(step, state)
             if run.signal and not last:
                 run.stop()
 
     if args.load is None:
-        about = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
-        content = {"model": learner.model.state_dict(), **about}
-        write_atomically(run.folder / "model.pt", lambda file: torch.save(content, file))
+        texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
+        write_atomically(run.folder / "model.pt", lambda file: torch.save({"model": model.state_dict(), **texts}, file))
     try:
-        result = measure_all(tested, learner, args, game, train, test)
+        result = measure_all(model, learner, args, game, train, test)
     except ValueError as error:  # a foreign function may fail on some rows only
         run.fail(str(error))
     name = args.load or f"{args.model}, {args.action_input}"
     print(report(result, game, name))
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     step = args.total_timesteps
-    scalars = {k: v for k, v in result["mode"].items() if isinstance(v, float) and math.isfinite(v)}
-    run.log(step, {f"test/{key.replace(' ', '_')}": value for key, value in scalars.items()})
+    run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
     run.log_figure(step, "summary", draw_summary(result, name))
-    run.log_figure(step, "transitions_worst", draw_transitions(game, tested, test, args.stag_moves, worst=True))
-    run.log_figure(step, "transitions_spread", draw_transitions(game, tested, test, args.stag_moves, worst=False))
+    for kind in ("worst", "spread"):
+        figure = draw_transitions(game, model.predict, test, args.stag_moves, worst=kind == "worst")
+        run.log_figure(step, f"transitions_{kind}", figure)
     run.save_checkpoint(step, {}, finished=True)
     run.close()
     print(f"all figures and pictures: {run.folder}")

@@ -713,7 +713,7 @@ def measure_world_model_test(args: Args) -> dict[str, Any]:
     """Transitions a second in training, beside the same in PyTorch's own memory format, and the roofline's share."""
     config = world_model_test.stag_hunt.Config()
     games = world_model_test.stag_hunt.collect(4_000, config, 35, ("NS", "NH", "random"), 1)
-    data, own = world_model_test.from_record(games, "games"), world_model_test.Args()
+    data, own = world_model_test.to_transitions(games.arrays, "games"), world_model_test.Args()
     game = world_model_test.find_game(data, data, own)
     learners = {name: world_model_test.Learner(own, game, CPU) for name in ("plain", "fast")}
     learners["plain"].model.to(memory_format=torch.contiguous_format)

@@ -7,8 +7,9 @@ description of the rules; no code was copied.
 `StagHunt` is a PettingZoo environment, for anyone's agents. `VectorStagHunt` plays thousands of
 games at once, for collecting data, with scripted policies that tell their exact probabilities. Both
 read the same rule table, both take every random number of a game from its seed (`uniforms`), and
-are tested equal. `collect`, `save_dataset` and `load_dataset` make and check records of games, and
-`history_posterior` says exactly what an observer of a whole game can know about its players.
+are tested equal. `collect`, `save_dataset` and `load_dataset` make and check records of games,
+`history_posterior` says exactly what an observer of a whole game can know about its players, and
+`commonest_shares` how well the next state can be told where stags move at random.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -903,3 +905,30 @@ def history_posterior(data: Dataset) -> np.ndarray:
     score = np.exp(score - score.max(2, keepdims=True))
     marginal = np.einsum("etv,vnk->etnk", score / score.sum(2, keepdims=True), holds, optimize=True)
     return marginal[episode, t, agent]
+
+
+def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws: int = 100) -> np.ndarray:
+    """How often (N,) the commonest next state follows frames (N, C, H, W) and joint actions (N, n), -1 for gone.
+
+    Only stags that move leave anything to chance. Each state is set `draws` times, each time with another seed, so the
+    share of the commonest outcome is, on average, a little above its probability, as a maximum of estimates is.
+    """
+    game, shares = StagHunt(**config._asdict(), max_cycles=2), np.zeros(len(obs))
+
+    def places(plane: np.ndarray, count: int) -> np.ndarray:
+        there = np.flatnonzero(plane)
+        return np.pad(there, (0, count - len(there)), constant_values=config.cells)
+
+    for row, planes in enumerate(obs.reshape(*obs.shape[:2], -1)):
+        *players, blocks, stags, hares = planes
+        state = {
+            "players": np.concatenate([places(plane, 1) for plane in players]), "blocks": blocks,
+            "stags": places(stags, config.n_stags), "hares": places(hares, config.n_hares),
+        }  # fmt: skip
+        outcomes: Counter[tuple[int, ...]] = Counter()
+        for seed in range(draws):
+            game.set_state({**state, "seed": np.array(seed)})
+            game.step({name: int(actions[row, int(name.split("_")[1])]) for name in game.agents})
+            outcomes[tuple(sorted(game.get_state()["stags"].tolist()))] += 1
+        shares[row] = max(outcomes.values()) / draws
+    return shares

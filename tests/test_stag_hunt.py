@@ -35,6 +35,7 @@ from envs.stag_hunt import (  # noqa: E402
     VectorStagHunt,
     check_dataset,
     collect,
+    commonest_shares,
     history_posterior,
     load_dataset,
     rosters,
@@ -585,6 +586,22 @@ def test_part_of_the_episodes_has_the_same_posterior(data):
     chosen = np.isin(arrays["episode"], np.flatnonzero(arrays["split"] == 2))
     part = Dataset({name: values[chosen] for name, values in arrays.items() if len(values) == 6_000}, data.meta)
     assert history_posterior(part) == pytest.approx(history_posterior(data)[chosen], abs=1e-12)
+
+
+def test_how_well_a_moving_stag_can_be_told():
+    """In a corner it stays with 3/5, amid the board each of five ways has 1/5, next to prey it can go nowhere else."""
+    config = Config(size=4, n_players=2, n_stags=1, n_hares=3, stag_moves=True)
+    obs = np.zeros((5, 5, 16), np.uint8)
+    obs[:, 0, 15] = obs[:, 1, 15] = 1  # both players, except where they hunt or are gone
+    obs[[0, 1, 2, 3, 4], 3, [0, 10, 0, 3, 0]] = 1
+    obs[2, 4, [1, 4]] = 1  # prey on both ways
+    obs[3, :2, 15], obs[3, :2, 3] = 0, 1
+    obs[4, 1, 15], obs[4, 2, 1] = 0, 1  # one player gone, an obstacle on one way
+    actions = np.array([[STAY, STAY], [STAY, STAY], [STAY, STAY], [HUNT_STAG, HUNT_STAG], [STAY, -1]])
+    shares = commonest_shares(obs.reshape(5, 5, 4, 4), actions, config, draws=500)
+    assert shares[[0, 1, 4]] == pytest.approx([0.6, 0.2, 0.8], abs=0.06) and (shares[[2, 3]] == 1.0).all()
+    still = commonest_shares(obs.reshape(5, 5, 4, 4), actions, config._replace(stag_moves=False), draws=3)
+    assert (still == 1.0).all()
 
 
 # --- pictures, speed ---

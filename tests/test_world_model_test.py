@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import world_model_test as wm  # noqa: E402
 from envs import stag_hunt  # noqa: E402
-from world_model_test import Args, Game, Learner, Transitions, places, to_transitions, violations, wrap  # noqa: E402
+from world_model_test import Args, Game, Learner, Transitions, places, to_transitions, violations  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def in_own_folder(tmp_path, monkeypatch):
 def games(rows=2_000, seed=5, **changes) -> Transitions:
     config = stag_hunt.Config(**{**stag_hunt.PRESETS["4p5b8x8"], **changes})
     record = stag_hunt.collect(rows, config, 35, ("NS", "NH", "random"), seed)
-    return wm.from_record(record, "games")
+    return to_transitions(record.arrays, "games")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_true_transitions_break_no_rule_and_no_mask_forbids_them(changes):
     found = violations(game, data.obs, data.actions, data.next_obs, data.rewards, changes.get("stag_moves", False))
     assert {name: int(broken.sum()) for name, broken in found.items()} == dict.fromkeys(found, 0)
     assert len(data.obs) == 3_000 and (data.rewards > 0).any() and game.single_stag == (changes.get("n_stags") != 2)
-    wm.check_mask(game, learner(game=game), data)
+    wm.check_mask(game, data)
 
 
 def test_a_reward_that_training_never_saw_is_lawful_if_the_game_pays_it(data):
@@ -168,7 +168,7 @@ def test_a_perfect_model_scores_everything_and_a_copy_what_stood_still(data):
         event["exact"] == 1.0 for event in events.values()
     )
     assert events["hare, 1 hunter"]["frames"] == int((data.rewards == 1.0).any(1).sum())
-    assert set(wm.measure_open_loop(game, perfect, data, 5).values()) == {1.0}
+    assert set(wm.measure_open_loop(perfect, data, 5).values()) == {1.0}
 
     copied = wm.measure_frames(game, lambda obs, _: (obs, torch.zeros(len(obs), 4)), data)
     same = float((data.obs == data.next_obs).flatten(1).all(1).float().mean())
@@ -179,7 +179,7 @@ def test_a_perfect_model_scores_everything_and_a_copy_what_stood_still(data):
 
 def test_open_loop_sees_its_own_frames_only(data):
     """A model that loses the stag: wrong from the first step on, in each game with a stag."""
-    game, seen = wm.find_game(data, data, Args()), []
+    seen = []
 
     def blind(obs, actions):
         seen.append(int(obs[:, 5].sum()))
@@ -187,19 +187,19 @@ def test_open_loop_sees_its_own_frames_only(data):
         result[:, 5] = 0
         return result, torch.zeros(len(obs), 4)
 
-    shares = wm.measure_open_loop(game, blind, data, 4)
+    shares = wm.measure_open_loop(blind, data, 4)
     assert list(shares) == [1, 2, 3, 4] and seen[0] > 0 and seen[1:] == [0, 0, 0] and max(shares.values()) < 0.2
 
 
 def test_roll_outs_follow_one_player_of_one_game(data):
-    rows = torch.arange(len(data.obs))
-    linked = data.following >= 0
+    linked = data.game[1:] == data.game[:-1]
     assert 0.5 < float(linked.float().mean()) < 1.0
-    assert torch.equal(data.next_obs[linked], data.obs[data.following[linked]])
-    assert (
-        torch.equal(data.t[linked] + 1, data.t[data.following[linked]])
-        and (data.following[linked] == rows[linked] + 1).all()
-    )
+    assert torch.equal(data.next_obs[:-1][linked], data.obs[1:][linked])
+    assert torch.equal(data.t[:-1][linked] + 1, data.t[1:][linked]) and (data.t[1:][~linked] == 0).all()
+    begun = []
+    wm.measure_open_loop(lambda obs, _: (begun.append(obs), (obs, None))[1], data, 6)
+    lasting = [i for i in range(len(data.obs) - 5) if len(set(data.game[i : i + 6].tolist())) == 1]
+    assert torch.equal(begun[0], data.obs[[i for i in lasting if data.t[i] % 6 == 0]])
 
 
 def test_squared_errors_and_both_definitions_of_psnr(data):
@@ -219,7 +219,7 @@ def test_calibration_of_a_model_that_knows_nothing(data):
         torch.nn.init.zeros_(parameter)
     result = wm.calibration(ours, data)
     assert result["nll"] == pytest.approx(5 * np.log(65) + 2 * 64 * np.log(2), rel=1e-4)
-    first = places(data.next_obs, 4)[:, :4] == 0
+    first = places(data.next_obs, GAME)[:, :4] == 0
     assert result["ece"] == pytest.approx(abs(1 / 65 - float(first.float().mean())), abs=1e-4)
 
 
@@ -245,7 +245,7 @@ def test_ranking_counts_better_matches(data):
 
 # --- the model ---
 def test_places_are_read_off_planes():
-    where = places(frame(players=(5, None, 63, 0))[None], 4)
+    where = places(frame(players=(5, None, 63, 0))[None], GAME)
     assert where.tolist() == [[5, 64, 63, 0, 45]]
 
 
@@ -301,9 +301,9 @@ def test_the_reward_moves_no_frame_head_and_the_frame_no_reward_head(data):
 
 def test_the_likelihood_is_the_product_over_entities_and_cells(data):
     ours, one = learner(), data.select(torch.tensor([7]))
-    prediction, _ = ours.model(one.obs, one.actions, one.next_obs)
+    prediction = ours.model(one.obs, one.actions, one.next_obs)
     shares = prediction.entities.softmax(2)[0]
-    after = places(one.next_obs, 4)[0]
+    after = places(one.next_obs, GAME)[0]
     nll = -sum(float(shares[i, after[i]].detach().log()) for i in range(5))
     for channel in (4, 6):
         p = torch.sigmoid(prediction.planes[0, channel])
@@ -315,12 +315,11 @@ def test_the_likelihood_is_the_product_over_entities_and_cells(data):
 @pytest.mark.parametrize("kind", ["cell", "entity"])
 def test_draws_follow_the_shares(kind, data):
     ours, one = learner(model=kind), data.select(torch.zeros(4_000, dtype=torch.long))
-    tested = wrap(ours, 3)
-    expected, _ = tested.expected(one.obs[:1], one.actions[:1])
-    drawn, rewards = tested.sample(one.obs, one.actions)
+    expected, _ = ours.model.expected(one.obs[:1], one.actions[:1])
+    drawn, rewards = ours.model.predict(one.obs, one.actions, torch.Generator().manual_seed(3))
     assert (drawn.float().mean(0) - expected[0]).abs().max() < 5 * 0.5 / 4_000**0.5
     assert np.isin(rewards.numpy(), np.float32(REWARDS)).all()
-    likely, _ = tested.mode(one.obs[:1], one.actions[:1])
+    likely, _ = ours.model.predict(one.obs[:1], one.actions[:1])
     if kind == "cell":
         assert torch.equal(likely[0].bool(), expected[0] > 0.5)
 
@@ -332,7 +331,7 @@ def test_learns_the_game_from_little(data):
     for step in range(400):
         ours.update(data.select(torch.randint(len(data.obs), (128,))), step / 400)
     fresh = games(1_000, seed=77)
-    result = wm.measure_frames(game, wrap(ours, 0).mode, fresh)
+    result = wm.measure_frames(game, ours.model.predict, fresh)
     assert result["exact"] > 0.6 and result["violation any"] < 0.4
 
 
@@ -341,7 +340,7 @@ def test_learns_a_few_transitions_by_heart(kind, steps, data):
     ours, few = learner(model=kind, hidden_dim=32), data.select((data.rewards > 0).any(1).nonzero()[:16, 0])
     for step in range(steps):
         ours.update(few, step / steps)
-    result = wm.measure_frames(GAME, wrap(ours, 0).mode, few)
+    result = wm.measure_frames(GAME, ours.model.predict, few)
     assert result["exact"] == 1.0 and (kind == "mse" or result["reward"] == 1.0)
 
 
@@ -430,6 +429,15 @@ def test_a_plain_file_is_trained_and_tested_on(channels_last, data, tmp_path, no
     assert result["rows"] == 400 and result["open_loop"] == {} and result["truth"]["violation any"] == 0.0
 
 
+def test_a_plain_file_that_names_its_games_is_rolled_out(tmp_path):
+    record = stag_hunt.collect(2_000, stag_hunt.Config(), 35, ("NS", "NH", "random"), 5)
+    columns = {name: record.arrays[name] for name in ("episode", "agent", "t")}
+    path = save(tmp_path / "plain.npz", to_transitions(record.arrays, "games"), **columns)
+    train, test = wm.find_data(Args(data=path))
+    assert len(train.obs) == 1_600 and len(test.obs) == 400
+    assert list(wm.measure_open_loop(lambda obs, _: (obs, None), test, 5)) == [1, 2, 3, 4, 5]
+
+
 def test_a_record_of_games_is_tested_on_games_of_its_own(tmp_path):
     record = stag_hunt.collect(2_000, stag_hunt.Config(), 35, ("NS", "NH"), 3)
     stag_hunt.save_dataset(tmp_path / "record.npz", record)
@@ -454,10 +462,14 @@ BAD_DATA = {
     "two selves": ({"obs": "twice"}, "a player's plane with two ones"),
     "grey": ({"obs": "grey"}, "other values than 0 and 1"),
     "nan": ({"rewards": "nan"}, "1 rows have rewards that are not finite"),
-    "planes": ({"obs": "fewer", "next_obs": "fewer"}, "7 planes expected"),
+    "planes": ({"obs": "fewer", "next_obs": "fewer"}, "(N, n + 3, H, W), actions and rewards (N, n) expected, got obs"),
+    "unequal": ({"obs": "few", "next_obs": "few"}, "got obs (3, 7, 8, 8), actions (2000, 4)"),
     "objects": ({"actions": "objects"}, "Python objects"),
-    "no rows": ({"obs": "none", "actions": "none", "rewards": "none", "next_obs": "none"}, "has no rows"),
-    "few rows": ({"obs": "few", "actions": "few", "rewards": "few", "next_obs": "few"}, "too few to hold out"),
+    "no rows": ({"obs": "none", "actions": "none", "rewards": "none", "next_obs": "none"}, "has 0 rows: too few"),
+    "few rows": (
+        {"obs": "few", "actions": "few", "rewards": "few", "next_obs": "few"},
+        "has 3 rows: too few to hold out",
+    ),
     "teleport": ({"next_obs": "teleport"}, "add --no-mask"),
 }
 
@@ -547,6 +559,6 @@ def test_through_the_command_line(tmp_path):
 
 def test_to_transitions_wants_as_many_planes_as_players():
     rows = np.zeros((3, 6, 4, 4), np.uint8), np.zeros((3, 4), np.int64), np.zeros((3, 4), np.float32)
-    with pytest.raises(ValueError, match="7 planes expected"):
+    with pytest.raises(ValueError, match=r"n \+ 3, H, W.* got obs \(3, 6, 4, 4\), actions \(3, 4\)"):
         to_transitions({"obs": rows[0], "actions": rows[1], "rewards": rows[2], "next_obs": rows[0]}, "it")
     assert F.one_hot(torch.tensor([0]), 7).shape == (1, 7)
