@@ -437,23 +437,26 @@ class Records:
         rows, slot, length = self.rows_of(units)
         back = torch.arange(4 if self.context == "4" else 1, device=rows.device)
         then = (rows[:, None] - back).clamp_min(0)
-        mask, action, previous = self.mask[rows], self.action[rows], self.previous[rows]
+        mask, action = self.mask[rows], self.action[rows]
         if world is None:
             frames, places = self.obs[then], self.places.expand(len(rows), -1, -1, -1)
         else:
             turn, order = (values.to(rows.device)[slot // length] for values in world)
-            plane = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)[:, None, :, None]
-            cell, becomes = self.symmetry.cells[turn][:, None, None], self.symmetry.becomes[turn]
-            frames = self.obs.flatten(2)[then[:, :, None, None], plane, cell]  # (R, frames, C, H W), while still bytes
+            plane = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)
+            source = then[:, :, None] * self.sizes.channels + plane[:, None]  # (R, frames, C), while still bytes
+            frames = self.obs.flatten(0, 1).flatten(1).index_select(0, source.flatten()).view(*source.shape, -1)
+            frames = frames.gather(3, self.symmetry.cells[turn][:, None, None].expand_as(frames))
             frames, places = frames.unflatten(3, self.obs.shape[2:]), self.symmetry.places[turn]
+            becomes = self.symmetry.becomes[turn]
             mask, action = mask.gather(1, self.symmetry.been[turn]), becomes.gather(1, action[:, None])[:, 0]
-            previous = becomes.gather(1, previous.gather(1, order))
         if self.context == "4":  # there are no frames before the first
             frames = frames * (back <= self.position[rows, None])[:, :, None, None, None]
         frames = frames.flatten(1, 2).float().div_(self.sizes.pixel_scale)
         batch = Batch(torch.cat((frames, places), 1), self.time[rows], mask, action)
         if self.context != "history":
             return batch
+        previous = self.previous[rows]
+        previous = previous if world is None else becomes.gather(1, previous.gather(1, order))
         previous = F.one_hot(previous, self.sizes.actions + 1).float()
         return batch._replace(previous=previous, slot=slot, sequences=len(units), length=length)
 
