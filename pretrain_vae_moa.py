@@ -187,8 +187,9 @@ def to_channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def picture_of(seen: Any) -> np.ndarray:
-    """A copy of an agent's picture, which may come with a mask in a dict."""
-    return np.array(seen["observation"] if isinstance(seen, dict) else seen)
+    """A copy (C, H, W) of an agent's picture, which may come with a mask in a dict."""
+    picture = np.array(seen["observation"] if isinstance(seen, dict) else seen)
+    return picture.transpose(to_channels_first(picture.shape))
 
 
 def legal_actions(seen: Any, info: dict[str, Any], actions: int) -> np.ndarray:
@@ -200,7 +201,7 @@ def legal_actions(seen: Any, info: dict[str, Any], actions: int) -> np.ndarray:
 def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arrays, dict[str, Any]]:
     """Arrays (the format's fields) and meta data of a third party's environment, played by random legal actions.
 
-    Pictures become (N, C, H, W) uint8, values of another type scaled to 0..255.
+    Pictures of another type than uint8 are scaled to 0..255.
     """
     agents, generator = env.possible_agents, np.random.default_rng([seed, 2])
     n, actions, start = len(agents), int(env.action_space(agents[0]).n), int(env.action_space(agents[0]).start)
@@ -234,13 +235,13 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
     arrays["episode_seed"] = np.array([episode_seed(seed, i) for i in range(episode)])
     held_out, order = max(1, round(episode / 10)), np.random.default_rng([seed, 1]).permutation(episode)
     arrays["split"][order[:held_out]], arrays["split"][order[held_out : 2 * held_out]] = 2, 1
-    low, high, keep = float(arrays["obs"].min()), float(arrays["next_obs"].max()), arrays["obs"].dtype == np.uint8
-    for name in ("obs", "next_obs"):
-        values = arrays[name].transpose(0, *(axis + 1 for axis in to_channels_first(arrays[name].shape[1:])))
-        scaled = values if keep else np.rint((values - low) / max(high - low, 1e-9) * 255).clip(0, 255)
-        arrays[name] = scaled.astype(np.uint8)
-    meta = {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, "observation_range": [low, high]}
-    return arrays, {**meta, "observation_scale": 1 if keep and high <= 1 else 255}
+    low, high, bytes_already = arrays["obs"].min(), arrays["next_obs"].max(), arrays["obs"].dtype == np.uint8
+    if not bytes_already:
+        for name in ("obs", "next_obs"):
+            scaled = (arrays[name] - low) / max(float(high) - float(low), 1e-9) * 255
+            arrays[name] = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    meta = {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, "observation_range": [float(low), float(high)]}
+    return arrays, {**meta, "observation_scale": 1 if bytes_already and high <= 1 else 255}
 
 
 def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
@@ -264,9 +265,7 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
     env.close()
     if stag_hunt is None:
         return arrays, meta
-    arrays = {name: values.astype(stag_hunt.FIELDS[name][0], copy=False) for name, values in arrays.items()}
-    games = stag_hunt.Dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
-    stag_hunt.check_dataset(games)
+    games = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
     stag_hunt.save_dataset(path, games)
     print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected, kept in {path}")
     return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
@@ -322,19 +321,8 @@ class Symmetry:
         `becomes` says what becomes of each action, and that none stays none; `been` (8, A) which action was each.
         """
         self.players, self.things = sizes.players, torch.arange(sizes.players, sizes.channels, device=device)
-        swapped, upside_down, mirrored = (torch.tensor(four) for four in ([2, 3, 0, 1], [1, 0, 2, 3], [0, 1, 3, 2]))
-        cells, becomes = [], []
-        for turn in range(8):
-            board, moves = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width), torch.arange(4)
-            if turn & 4:
-                board, moves = board.T, swapped[moves]
-            if turn & 1:
-                board, moves = board.flip(0), upside_down[moves]
-            if turn & 2:
-                board, moves = board.flip(1), mirrored[moves]
-            cells.append(board.flatten())
-            becomes.append(torch.cat((moves, torch.arange(4, sizes.actions + 1))))
-        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
+        tables = stag_hunt.symmetries(sizes.height, sizes.actions + 1)
+        self.cells, self.becomes = (torch.from_numpy(table).to(device) for table in tables)
         self.been = self.becomes[:, :-1].argsort(1)
         places = position_planes(sizes).to(device)
         self.places = places.flatten(1)[:, self.cells].transpose(0, 1).unflatten(2, places.shape[1:])
@@ -379,22 +367,14 @@ class Records:
         self.starts = np.flatnonzero(np.diff(key, prepend=-1))
         self.lengths = np.diff(self.starts, append=len(key))
         self.position = to_device(np.arange(len(key)) - np.repeat(self.starts, self.lengths), np.int64)
-        self.split, self.true = arrays["split"][arrays["episode"]], None
-        if "policy_probs" in arrays:  # the probabilities (N, A) with which the player acted
-            self.true = arrays["policy_probs"][np.arange(len(key)), arrays["strategy"]].astype(np.float64)
+        self.split = arrays["split"][arrays["episode"]]
 
     @functools.cached_property
-    def ceilings(self) -> dict[str, np.ndarray]:
-        """Predictions (N, A) by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
-
-        Nobody who sees the whole game can do better than the first, nobody at all better than the second. Empty where
-        the policies are unknown.
-        """
-        if self.true is None:
+    def ceilings(self) -> Arrays:
+        """Predictions (N, A) of `history Bayes` and `oracle` (see envs/stag_hunt.py); empty for unknown policies."""
+        if "policy_probs" not in self.arrays:
             return {}
-        posterior = stag_hunt.history_posterior(stag_hunt.Dataset(self.arrays, self.meta))
-        mixed = np.einsum("rk,rka->ra", posterior, self.arrays["policy_probs"].astype(np.float64))
-        return {"history Bayes": mixed, "oracle": self.true}
+        return stag_hunt.ceilings(stag_hunt.Dataset(self.arrays, self.meta))
 
     def fingerprint(self) -> str:
         """What tells whether a resumed run still has the dataset that it began with."""
@@ -714,21 +694,21 @@ def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def fit_probe(inputs: Tensor, target: Tensor, classes: int, mask: Tensor | None = None) -> Callable[..., Tensor]:
-    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), mask -> log-probabilities.
+def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), legal -> log-probabilities.
 
-    `mask` (R, classes) are the legal classes. The features are standardised first.
+    `legal` (R, classes or 1) are the possible classes. The features are standardised first.
     """
     center, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
     weight = torch.zeros(inputs.shape[1] + 1, classes, requires_grad=True)
 
-    def log_probabilities(x: Tensor, legal: Tensor | None = None) -> Tensor:
+    def log_probabilities(x: Tensor, legal: Tensor) -> Tensor:
         logits = (x - center) / scale @ weight[:-1] + weight[-1]
-        return (logits if legal is None else logits.masked_fill(~legal, -math.inf)).log_softmax(1)
+        return logits.masked_fill(~legal, -math.inf).log_softmax(1)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.nll_loss(log_probabilities(inputs, mask), target) + 1e-5 * weight.square().sum()
+        loss = F.nll_loss(log_probabilities(inputs, legal), target) + 1e-5 * weight.square().sum()
         loss.backward()
         return loss
 
@@ -738,21 +718,17 @@ def fit_probe(inputs: Tensor, target: Tensor, classes: int, mask: Tensor | None 
     return log_probabilities
 
 
-def action_target(records: Records) -> tuple[Tensor, int, Tensor]:
-    """Each row's action (N,), how many there are, and which are legal (N, A)."""
-    return records.action.cpu(), records.sizes.actions, records.mask.cpu()
-
-
 def probe(
-    model: MOA, records: Records, rows: np.ndarray, mean: np.ndarray, targets: dict[str, tuple[Tensor, int, Tensor]]
+    model: MOA, records: Records, rows: np.ndarray, mean: np.ndarray, more: dict[str, tuple[Tensor, int]] | None = None
 ) -> dict[str, Tensor]:
-    """Log-probabilities (R, classes) by name, by linear probes of the latent `mean` (R, latent) of these rows.
+    """Log-probabilities (R, classes) by linear probes of the latent `mean` (R, latent) of these rows: of the action.
 
-    `targets` are what the probes look for: each row's class (N,), how many there are, and the legal ones (N, classes).
+    And of `more`: by name, each row's class (N,) and how many there are.
     """
-    fit_rows = records.probe_rows(model.args.probe_rows)
+    fit_rows, action = records.probe_rows(model.args.probe_rows), (records.action.cpu(), records.sizes.actions)
     fitted, found = torch.from_numpy(predict(model, records, fit_rows)["mean"]), {}
-    for name, (target, classes, legal) in targets.items():
+    for name, (target, classes) in {"action": action, **(more or {})}.items():
+        legal = records.mask.cpu() if name == "action" else torch.ones(len(target), 1, dtype=torch.bool)
         classify = fit_probe(fitted, target[fit_rows], classes, legal[fit_rows])
         found[name] = classify(torch.from_numpy(mean), legal[rows])
     return found
@@ -771,25 +747,22 @@ def evaluate(model: MOA, records: Records, rows: np.ndarray) -> Evaluation:
     values = predict(model, records, rows)
     q = values.pop("q", None)
     if q is None:
-        q = probe(model, records, rows, values["mean"], {"action": action_target(records)})["action"].exp().numpy()
+        q = probe(model, records, rows, values["mean"])["action"].exp().numpy()
     return Evaluation(rows, q.astype(np.float64), values)
 
 
 def run_probes(model: MOA, records: Records, result: Evaluation) -> dict[str, float]:
     """Accuracy of linear probes from the frozen latent mean: action, strategy, and where things are on the board."""
-    targets, all_legal = {"action": action_target(records)}, torch.ones(len(records.obs), 1, dtype=torch.bool)
+    names, cells, targets = records.meta.get("channel_names", []), records.places[0].numel(), {}
     if len(records.strategies) > 1:
-        targets["strategy"] = records.strategy.cpu(), len(records.strategies), all_legal
-    channels, cells = records.meta.get("channel_names", []), records.sizes.height * records.sizes.width
-    for name in ("self", "stag"):
-        if name in channels:
-            plane = records.obs[:, channels.index(name)].flatten(1).cpu()
-            place = torch.where((plane > 0).any(1), plane.argmax(1), cells)
-            targets[f"{name}'s cell"] = place, cells + 1, all_legal
-    found = probe(model, records, result.rows, result.values["mean"], targets)
-    accuracy = {
-        name: float((guess.argmax(1) == targets[name][0][result.rows]).float().mean()) for name, guess in found.items()
-    }
+        targets["strategy"] = records.strategy.cpu(), len(records.strategies)
+    for name in [name for name in ("self", "stag") if name in names]:
+        plane = records.obs[:, names.index(name)].flatten(1).cpu()
+        targets[f"{name}'s cell"] = torch.where((plane > 0).any(1), plane.argmax(1), cells), cells + 1
+    found, accuracy = probe(model, records, result.rows, result.values["mean"], targets), {}
+    for name, guess in found.items():
+        truth = targets[name][0] if name in targets else records.action.cpu()
+        accuracy[name] = float((guess.argmax(1) == truth[result.rows]).float().mean())
     return {"latent KL": float(result.values["kl"].mean()), **accuracy}
 
 
@@ -862,8 +835,8 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]
         "expected_top1": math.nan, "balanced_accuracy": recalls(counts)[present].mean(), "macro_f1": f1.mean(),
         "nll": surprise(q[every, action]).mean(), "regret": math.nan, "ece": np.abs(gaps).sum(),
     }  # fmt: skip
-    if records.true is not None:
-        true, best = records.true[rows], records.ceilings["history Bayes"][rows]
+    if records.ceilings:
+        true, best = records.ceilings["oracle"][rows], records.ceilings["history Bayes"][rows]
         result["expected_top1"] = true[every, guess].mean()
         result["regret"] = expected_nll(q, true) - expected_nll(best, true)
     return {name: float(value) for name, value in result.items()}
@@ -882,7 +855,7 @@ def difference(first: np.ndarray, second: np.ndarray, records: Records, rows: np
 
     The error is clustered by episode: rows of one game are not independent. The policies must be known.
     """
-    true, every = records.true[rows], np.arange(len(rows))
+    true, every = records.ceilings["oracle"][rows], np.arange(len(rows))
     gain = true[every, first.argmax(1)] - true[every, second.argmax(1)]
     sums = np.bincount(records.arrays["episode"][rows], weights=gain - gain.mean())
     return float(gain.mean()), float(np.sqrt(np.square(sums).sum()) / len(rows))
@@ -911,6 +884,30 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def evaluate_epoch(model: MOA, records: Records, train: dict[str, float]) -> tuple[dict[str, float], Evaluation]:
+    """Losses on validation games and scores of the first test games; `train` are this epoch's mean training losses."""
+    seen, rows = predict(model, records, records.rows(1)), records.rows(1)
+    if "q" in seen:
+        seen["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]])
+    losses = {"loss": 0.0}
+    for name, values, weight in (
+        ("kl", seen["kl"], model.args.kl_weight),  # the final weight, so that epochs compare
+        ("policy", seen.get("policy"), 1.0),
+        ("reconstruction", seen.get("frame_nll"), model.args.reconstruction_weight),
+    ):
+        losses[name] = math.nan if values is None else float(values.mean())
+        losses["loss"] += 0.0 if values is None else weight * losses[name]
+    names = "loss", "policy", "reconstruction", "kl"
+    metrics = {f"train_{name}": train.get(name, math.nan) for name in names}
+    metrics |= {f"validation_{name}": losses[name] for name in names}
+    result = evaluate(model, records, records.rows(2, model.args.eval_episodes))
+    for row in score_subsets(result.q, records, result.rows):
+        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
+        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
+    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
+    return metrics, result
+
+
 def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records) -> None:
     """`moa_eval_epoch{k}.csv`: scores and recall by strategy; `.npz`: predictions and latents, row by row."""
     table = score_subsets(result.q, records, result.rows)
@@ -918,11 +915,9 @@ def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records) 
         recall = recalls(confusion(result.q[part], records, result.rows[part])).tolist()
         row |= {f"recall {name}": value for name, value in zip(records.action_names, recall, strict=True)}
     write_csv(folder / f"moa_eval_epoch{epoch}.csv", table)
-    content = {
-        "row": result.rows, "q": result.q.astype(np.float32), "action": records.arrays["action"][result.rows],
-        "strategy": records.arrays["strategy"][result.rows], "confusion": confusion(result.q, records, result.rows),
-        **result.values,
-    }  # fmt: skip
+    content = {"row": result.rows, "q": result.q.astype(np.float32), **result.values}
+    content |= {name: records.arrays[name][result.rows] for name in ("action", "strategy")}
+    content["confusion"] = confusion(result.q, records, result.rows)
     write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
 
 
@@ -930,31 +925,20 @@ def record_videos(result: Evaluation, records: Records, folder: Path, step: int,
     """Write mp4 videos of the first held-out games, with what is predicted for each player, and return their paths."""
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 
-    env, paths = stag_hunt.StagHunt(**records.meta["env_kwargs"], render_mode="rgb_array"), []
-    episodes, times, players, actions = (
-        records.arrays[name][result.rows].astype(int) for name in ("episode", "t", "agent", "action")
-    )
-    strategies = [records.strategies[number] for number in records.arrays["strategy"][result.rows]]
+    arrays, names, paths = records.arrays, records.action_names, []
     (folder / "videos").mkdir(exist_ok=True)
-    for episode in np.unique(episodes)[:games]:
-        env.reset(seed=int(records.arrays["episode_seed"][episode]))
+    for episode in np.unique(arrays["episode"][result.rows])[:games]:
         frames = []
-        while env.agents:
-            now = np.flatnonzero((episodes == episode) & (times == len(frames)))
-            if len(now) < len(env.agents):
-                break  # the record's last game is cut
-            lines = []
-            for i in now:
-                likely = [a for a in np.argsort(-result.q[i])[:3] if result.q[i, a] >= 0.005]
-                predicted = ", ".join(f"{records.action_names[a]} {result.q[i, a]:.0%}" for a in likely)
-                did = records.action_names[actions[i]]
-                lines.append(f"{players[i]} ({strategies[i]}) does {did}; predicted: {predicted}")
-            below = 16 * (records.sizes.players + 1)
-            frame = PIL.ImageOps.expand(PIL.Image.fromarray(env.render()), (0, 0, 0, below), "white")
-            text = PIL.ImageDraw.Draw(frame)
-            text.multiline_text((10, frame.height - below + 6), "\n".join(lines), "black", spacing=3)
+        for rows, board in stag_hunt.replay(stag_hunt.Dataset(arrays, records.meta), episode):
+            lines, below = [], 16 * (records.sizes.players + 1)
+            for row, q in zip(rows, result.q[np.searchsorted(result.rows, rows)], strict=True):
+                likely = ", ".join(f"{names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005)
+                player = f"{arrays['agent'][row]} ({records.strategies[arrays['strategy'][row]]})"
+                lines.append(f"{player} does {names[arrays['action'][row]]}; predicted: {likely}")
+            frame = PIL.ImageOps.expand(PIL.Image.fromarray(board), (0, 0, 0, below), "white")
+            position = 10, frame.height - below + 6
+            PIL.ImageDraw.Draw(frame).multiline_text(position, "\n".join(lines), "black", spacing=3)
             frames.append(np.asarray(frame))
-            env.step({f"player_{players[i]}": actions[i] for i in now})
         paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
         ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
     return paths
@@ -1173,15 +1157,16 @@ def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 
 def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
-    """The objective's loss and its parts over gradient steps: means over an epoch, and on held-out rows."""
-    labels = {"loss": "loss of the objective", "policy": "cross-entropy of the action (nats)",
-              "reconstruction": "cross-entropy of a frame (nats)", "kl": "KL (nats)"}  # fmt: skip
-    names = [name for name in labels if not math.isnan(rows[-1][f"validation_{name}"])]
+    """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
+    names = ("loss", "policy", "reconstruction", "kl")
+    names = [name for name in names if not math.isnan(rows[-1][f"validation_{name}"])]
     figure, axes = new_figure(len(names), title)
     for axis, name in zip(axes, names, strict=True):
-        for part, label in (("train", "training rows"), ("validation", "held-out rows (validation)")):
-            axis.plot([row["step"] for row in rows], [row[f"{part}_{name}"] for row in rows], marker=".", label=label)
-        axis.set(xlabel="gradient steps", ylabel=labels[name])
+        for part in ("train", "validation"):
+            axis.plot(
+                [row["step"] for row in rows], [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows"
+            )
+        axis.set(xlabel="gradient steps", ylabel=f"{name} (nats)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
@@ -1228,8 +1213,8 @@ def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Fig
     _, strength, directions = np.linalg.svd(z - z.mean(0), full_matrices=False)
     points = (z - z.mean(0)) @ directions[:2].T
     share = np.square(strength[:2]).sum() / max(np.square(strength).sum(), 1e-12)
-    colours = {"strategy": records.strategies, "action": records.action_names}
-    colours = {name: labels for name, labels in colours.items() if labels}
+    colours = {"strategy": records.strategies} if records.strategies else {}
+    colours["action"] = records.action_names
     figure, axes = new_figure(len(colours), f"Latent z in two main directions ({share:.0%} of its variance)")
     for axis, (name, labels) in zip(axes, colours.items(), strict=True):
         for number, label in enumerate(labels):
@@ -1244,11 +1229,10 @@ def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Fig
 def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: int = 4) -> Figure:
     """Planes of some frames (upper rows), and what the decoder makes of their latent (lower rows)."""
     units = torch.from_numpy(records.units(rows))
-    units = units[torch.linspace(0, len(units) - 1, count).long()]
-    batch, (_, slot, length) = records.batch(units), records.rows_of(units)
-    last = torch.bincount((slot // length).cpu()).cumsum(0) - 1  # with history: the end of each sequence
+    batch = records.batch(units[torch.linspace(0, len(units) - 1, count).long()])
+    chosen = torch.linspace(0, len(batch.time) - 1, count).long()  # with history a unit is a sequence of rows
     frames = batch.frames[:, : records.sizes.channels]
-    pairs = torch.stack((frames, model.decoder(model.encoder(batch)[0]).sigmoid()), 1).cpu()[last]
+    pairs = torch.stack((frames, model.decoder(model.encoder(batch)[0]).sigmoid()), 1).cpu()[chosen]
     pairs = F.pad(pairs, (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
     _, _, channels, height, width = pairs.shape
     names = records.meta.get("channel_names") or [f"plane {channel}" for channel in range(channels)]
@@ -1288,28 +1272,6 @@ def check_shape(model: MOA, args: Args, sizes: Sizes) -> None:
     )
     if has != wanted:
         raise ValueError(f"{args.load} is a model for {has}; this run has {wanted}")
-
-
-def evaluate_epoch(model: MOA, records: Records, train: dict[str, float]) -> tuple[dict[str, float], Evaluation]:
-    """Losses on validation games and scores of the first test games; `train` are this epoch's mean training losses."""
-    seen, args = predict(model, records, records.rows(1)), model.args
-    losses, weights = {"kl": seen["kl"].mean()}, {"kl": args.kl_weight}  # the final weight, so that epochs compare
-    if "q" in seen:
-        action = records.arrays["action"][records.rows(1)]
-        losses["policy"], weights["policy"] = surprise(seen["q"][np.arange(len(action)), action]).mean(), 1.0
-    if "frame_nll" in seen:
-        losses["reconstruction"], weights["reconstruction"] = seen["frame_nll"].mean(), args.reconstruction_weight
-    losses = {name: float(value) for name, value in losses.items()}
-    losses["loss"] = sum(weights[name] * value for name, value in losses.items())
-    names = "loss", "policy", "reconstruction", "kl"
-    metrics = {f"train_{name}": train.get(name, math.nan) for name in names}
-    metrics |= {f"validation_{name}": losses.get(name, math.nan) for name in names}
-    result = evaluate(model, records, records.rows(2, args.eval_episodes))
-    for row in score_subsets(result.q, records, result.rows):
-        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
-        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
-    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
-    return metrics, result
 
 
 def final_table(result: Evaluation, records: Records, args: Args) -> Arrays:
@@ -1409,8 +1371,7 @@ def main(args: Args) -> Path:
     last = step == args.total_timesteps
     while not last:
         losses = model.update(sampler.batch(step, args.augment), step)
-        for name, value in losses.items():  # means over an epoch, without waiting for the device
-            sums[name] = sums.get(name, 0.0) + value
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}  # without waiting for the device
         step += 1
 
         last = step == args.total_timesteps
@@ -1440,7 +1401,7 @@ def main(args: Args) -> Path:
                 save_model(model, run.folder / "best_model.pt")
         if saving:
             content = {"model": model.state_dict(), "sums": sums, "dataset": records.fingerprint()}
-            run.save_checkpoint(step, content, finished=False)
+            run.save_checkpoint(step, content)
             if run.signal and not last:
                 run.stop()
 

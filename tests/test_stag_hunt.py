@@ -28,6 +28,7 @@ from envs.stag_hunt import (  # noqa: E402
     NUM_ACTIONS,
     RIGHT,
     STAY,
+    STEPS,
     UP,
     Config,
     Dataset,
@@ -37,8 +38,11 @@ from envs.stag_hunt import (  # noqa: E402
     collect,
     history_posterior,
     load_dataset,
+    make_dataset,
+    replay,
     rosters,
     save_dataset,
+    symmetries,
 )
 
 GONE = 64
@@ -615,3 +619,38 @@ def test_the_vectorised_game_is_fast():
             games.step(games.sample(np.take_along_axis(probabilities, roster, 2)[:, :, 0]), legal)
         rates.append(steps / (time.process_time() - start))
     assert max(rates) > 50_000
+
+
+def test_a_record_is_played_again():
+    data = collect(200, Config(size=4), max_cycles=7, seed=3)
+    arrays, last = data.arrays, len(data.arrays["split"]) - 1
+    whole = np.concatenate([rows for rows, _ in replay(data, 0)])
+    assert sorted(whole.tolist()) == np.flatnonzero(arrays["episode"] == 0).tolist()
+    pictures = [picture for _, picture in replay(data, 0)]
+    assert len(pictures) == arrays["t"][arrays["episode"] == 0].max() + 1
+    assert pictures[0].shape[2] == 3 and not np.array_equal(pictures[0], pictures[-1])
+    begun = np.concatenate([rows for rows, _ in replay(data, last)])  # this one is cut
+    assert 0 <= np.flatnonzero(arrays["episode"] == last).size - begun.size < 4
+
+
+def test_eight_symmetries_make_a_group():
+    cells, becomes = symmetries(3)
+    assert cells[0].tolist() == list(range(9)) and becomes[0].tolist() == list(range(7))
+    assert len(np.unique(cells, axis=0)) == len(np.unique(becomes, axis=0)) == 8
+    assert (becomes[:, 4:] == [4, 5, 6]).all() and (np.sort(becomes, 1) == range(7)).all()
+    pairs = {tuple(cells[i][cells[j]]) for i in range(8) for j in range(8)}
+    assert pairs == {tuple(turn) for turn in cells}
+    for turn, moved in zip(cells, becomes, strict=True):  # a step, then a turn, or the other way round
+        for action, (row, column) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            place = turn.tolist().index(4 + 3 * row + column)
+            assert place == 4 + 3 * STEPS[moved[action]][0] + STEPS[moved[action]][1]
+
+
+def test_arrays_of_other_types_become_a_checked_record():
+    data = collect(200, seed=3)
+    wide = {name: values.astype(np.int64) for name, values in data.arrays.items() if values.dtype != np.float32}
+    made = make_dataset(wide, data.meta)
+    assert all(np.array_equal(values, data.arrays[name]) for name, values in made.arrays.items())
+    assert all(values.dtype == data.arrays[name].dtype for name, values in made.arrays.items())
+    with pytest.raises(ValueError, match="forbidden"):
+        make_dataset({**wide, "action_mask": 1 - wide["action_mask"]}, data.meta)
