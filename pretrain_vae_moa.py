@@ -143,6 +143,7 @@ USED = {  # objective -> the networks that it trains
     "both": ("encoder", "decoder", "head"),
 }
 CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
+LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
 FIELDS = (
@@ -887,19 +888,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def evaluate_epoch(model: MOA, records: Records, train: dict[str, float]) -> tuple[dict[str, float], Evaluation]:
     """Losses on validation games and scores of the first test games; `train` are this epoch's mean training losses."""
     seen, rows = predict(model, records, records.rows(1)), records.rows(1)
+    parts = {"kl": (seen["kl"], model.args.kl_weight)}  # the final weight, so that epochs compare
     if "q" in seen:
-        seen["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]])
-    losses = {"loss": 0.0}
-    for name, values, weight in (
-        ("kl", seen["kl"], model.args.kl_weight),  # the final weight, so that epochs compare
-        ("policy", seen.get("policy"), 1.0),
-        ("reconstruction", seen.get("frame_nll"), model.args.reconstruction_weight),
-    ):
-        losses[name] = math.nan if values is None else float(values.mean())
-        losses["loss"] += 0.0 if values is None else weight * losses[name]
-    names = "loss", "policy", "reconstruction", "kl"
-    metrics = {f"train_{name}": train.get(name, math.nan) for name in names}
-    metrics |= {f"validation_{name}": losses[name] for name in names}
+        parts["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
+    if "frame_nll" in seen:
+        parts["reconstruction"] = seen["frame_nll"], model.args.reconstruction_weight
+    losses = {name: float(values.mean()) for name, (values, _) in parts.items()}
+    losses["loss"] = sum(weight * losses[name] for name, (_, weight) in parts.items())
+    metrics = {f"train_{name}": train.get(name, math.nan) for name in LOSSES}
+    metrics |= {f"validation_{name}": losses.get(name, math.nan) for name in LOSSES}
     result = evaluate(model, records, records.rows(2, model.args.eval_episodes))
     for row in score_subsets(result.q, records, result.rows):
         prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
@@ -1158,14 +1155,12 @@ def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
     """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
-    names = ("loss", "policy", "reconstruction", "kl")
-    names = [name for name in names if not math.isnan(rows[-1][f"validation_{name}"])]
+    names = [name for name in LOSSES if not math.isnan(rows[-1][f"validation_{name}"])]
     figure, axes = new_figure(len(names), title)
+    steps = [row["step"] for row in rows]
     for axis, name in zip(axes, names, strict=True):
         for part in ("train", "validation"):
-            axis.plot(
-                [row["step"] for row in rows], [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows"
-            )
+            axis.plot(steps, [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows")
         axis.set(xlabel="gradient steps", ylabel=f"{name} (nats)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
