@@ -39,8 +39,6 @@ import gymnasium as gym
 import numpy as np
 import pettingzoo
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageOps
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -923,19 +921,16 @@ def record_videos(result: Evaluation, records: Records, folder: Path, step: int,
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 
     arrays, names, paths = records.arrays, records.action_names, []
+
+    def caption(row: int) -> str:
+        q = result.q[np.searchsorted(result.rows, row)]
+        likely = ", ".join(f"{names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005)
+        player = f"{arrays['agent'][row]} ({records.strategies[arrays['strategy'][row]]})"
+        return f"{player} does {names[arrays['action'][row]]}; predicted: {likely}"
+
     (folder / "videos").mkdir(exist_ok=True)
     for episode in np.unique(arrays["episode"][result.rows])[:games]:
-        frames = []
-        for rows, board in stag_hunt.replay(stag_hunt.Dataset(arrays, records.meta), episode):
-            lines, below = [], 16 * (records.sizes.players + 1)
-            for row, q in zip(rows, result.q[np.searchsorted(result.rows, rows)], strict=True):
-                likely = ", ".join(f"{names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005)
-                player = f"{arrays['agent'][row]} ({records.strategies[arrays['strategy'][row]]})"
-                lines.append(f"{player} does {names[arrays['action'][row]]}; predicted: {likely}")
-            frame = PIL.ImageOps.expand(PIL.Image.fromarray(board), (0, 0, 0, below), "white")
-            position = 10, frame.height - below + 6
-            PIL.ImageDraw.Draw(frame).multiline_text(position, "\n".join(lines), "black", spacing=3)
-            frames.append(np.asarray(frame))
+        frames = list(stag_hunt.replay(stag_hunt.Dataset(arrays, records.meta), episode, caption))
         paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
         ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
     return paths

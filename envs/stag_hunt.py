@@ -21,11 +21,14 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageOps
 from gymnasium import spaces
 from gymnasium.utils import seeding
 from pettingzoo import AECEnv, ParallelEnv
@@ -817,10 +820,10 @@ def make_dataset(arrays: Arrays, meta: dict[str, Any]) -> Dataset:
     return Dataset(arrays, meta)
 
 
-def replay(data: Dataset, episode: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Play a recorded game again: at each step the numbers of its rows, and the picture before their actions.
+def replay(data: Dataset, episode: int, caption: Callable[[int], str]) -> Iterator[np.ndarray]:
+    """Play a recorded game again: the picture (height, width, 3) uint8 before each step of it, as far as it goes.
 
-    It ends where the record does.
+    Under the board is a line for each living player: the caption of its row (a number from 0 to N - 1).
     """
     arrays, game = data.arrays, StagHunt(**data.meta["env_kwargs"], render_mode="rgb_array")
     game.reset(seed=int(arrays["episode_seed"][episode]))
@@ -828,7 +831,10 @@ def replay(data: Dataset, episode: int) -> Iterator[tuple[np.ndarray, np.ndarray
         rows = np.flatnonzero((arrays["episode"] == episode) & (arrays["t"] == t))
         if not game.agents or len(rows) < len(game.agents):
             return
-        yield rows, game.render()
+        below, text = 16 * (game.config.n_players + 1), "\n".join(caption(row) for row in rows)
+        picture = PIL.ImageOps.expand(PIL.Image.fromarray(game.render()), (0, 0, 0, below), "white")
+        PIL.ImageDraw.Draw(picture).multiline_text((10, picture.height - below + 6), text, "black", spacing=3)
+        yield np.asarray(picture)
         game.step({f"player_{arrays['agent'][row]}": arrays["action"][row] for row in rows})
 
 

@@ -624,13 +624,17 @@ def test_the_vectorised_game_is_fast():
 def test_a_record_is_played_again():
     data = collect(200, Config(size=4), max_cycles=7, seed=3)
     arrays, last = data.arrays, len(data.arrays["split"]) - 1
-    whole = np.concatenate([rows for rows, _ in replay(data, 0)])
-    assert sorted(whole.tolist()) == np.flatnonzero(arrays["episode"] == 0).tolist()
-    pictures = [picture for _, picture in replay(data, 0)]
+    seen = {0: [], last: []}
+    pictures = list(replay(data, 0, lambda row: seen[0].append(row) or f"row {row}"))
+    assert sorted(seen[0]) == np.flatnonzero(arrays["episode"] == 0).tolist()
     assert len(pictures) == arrays["t"][arrays["episode"] == 0].max() + 1
-    assert pictures[0].shape[2] == 3 and not np.array_equal(pictures[0], pictures[-1])
-    begun = np.concatenate([rows for rows, _ in replay(data, last)])  # this one is cut
-    assert 0 <= np.flatnonzero(arrays["episode"] == last).size - begun.size < 4
+    boards, captions = np.split(np.stack(pictures), [-16 * 5], axis=1)
+    env = StagHunt(**data.meta["env_kwargs"], render_mode="rgb_array")
+    env.reset(seed=int(arrays["episode_seed"][0]))
+    assert np.array_equal(boards[0], env.render()) and not np.array_equal(boards[0], boards[-1])
+    assert all(0 < (caption < 128).mean() < 0.2 for caption in captions)  # something is written there
+    list(replay(data, last, lambda row: seen[last].append(row) or ""))  # this one is cut
+    assert 0 <= (arrays["episode"] == last).sum() - len(seen[last]) < 4
 
 
 def test_eight_symmetries_make_a_group():
