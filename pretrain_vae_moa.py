@@ -18,6 +18,7 @@ Docs: docs/pretrain_vae_moa.md
 import contextlib
 import csv
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -30,14 +31,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
+import pettingzoo
 import PIL.Image
-import PIL.ImageDraw
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -134,17 +135,20 @@ class Args:
     """training rows that the linear probes are fitted to"""
 
 
-CHOICES = {
-    "objective": ("reconstruction", "moa", "both"),
-    "head_input": ("z", "state", "state+z"),
-    "context": ("1", "4", "history"),
+USED = {  # objective -> the networks that it trains
+    "reconstruction": ("encoder", "decoder"),
+    "moa": ("encoder", "head"),
+    "both": ("encoder", "decoder", "head"),
 }
+CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
+LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
 FIELDS = (
     "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
     "episode_seed",
 )  # fmt: skip
+Arrays = dict[str, np.ndarray]
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -152,34 +156,26 @@ def make_env(env_id: str) -> Any:
     """Make a PettingZoo parallel environment. Raises ValueError with one line, if it cannot be had or does not fit."""
     module, colon, name = env_id.partition(":")
     try:
-        if colon:
-            env = getattr(importlib.import_module(module), name)()
-        else:
-            import pettingzoo
-
-            env = pettingzoo.make("parallel", env_id)
+        env = getattr(importlib.import_module(module), name)() if colon else pettingzoo.make("parallel", env_id)
     except Exception as error:  # whatever a third party's environment raises, it is about this id
-        hint = "ids look like sisl/pursuit-v5 or module:callable"
-        with contextlib.suppress(ImportError):
-            from pettingzoo import parallel_registry
-
-            near = difflib.get_close_matches(env_id, [key.removesuffix("-v0") for key in parallel_registry], 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near and not colon else hint
+        known = [key.removesuffix("-v0") for key in pettingzoo.parallel_registry]
+        near = difflib.get_close_matches(env_id, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like sisl/pursuit-v5 or module:callable"
         reason = str(error).split(" Available environments")[0].rstrip(".")
         raise ValueError(f"could not make {env_id}: {type(error).__name__}: {reason}; {hint}") from None
     if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):
         raise ValueError(f"a PettingZoo parallel environment expected, {env_id} is a {type(env).__name__}")
-    shapes = set()
+    kinds = set()
     for agent in env.possible_agents:
         action, observation = env.action_space(agent), env.observation_space(agent)
+        observation = observation["observation"] if isinstance(observation, gym.spaces.Dict) else observation
         if not isinstance(action, gym.spaces.Discrete):
             raise ValueError(f"discrete actions expected, {agent} of {env_id} has {action}")
-        observation = observation["observation"] if isinstance(observation, gym.spaces.Dict) else observation
         if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 3:
             raise ValueError(f"image-like observations (a Box with 3 axes) expected, {agent} has {observation}")
-        shapes.add((observation.shape, int(action.n)))
-    if len(shapes) > 1:
-        raise ValueError(f"agents of one kind expected, those of {env_id} differ: {sorted(shapes)}")
+        kinds.add((observation.shape, int(action.n)))
+    if len(kinds) > 1:
+        raise ValueError(f"agents of one kind expected, those of {env_id} differ: {sorted(kinds)}")
     return env
 
 
@@ -189,64 +185,65 @@ def to_channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (0, 1, 2) if first else (2, 0, 1)
 
 
-def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows (the format's fields) of a third party's environment, played by uniformly random legal actions."""
+def picture_of(seen: Any) -> np.ndarray:
+    """A copy (C, H, W) of an agent's picture, which may come with a mask in a dict."""
+    picture = np.array(seen["observation"] if isinstance(seen, dict) else seen)
+    return picture.transpose(to_channels_first(picture.shape))
+
+
+def legal_actions(seen: Any, info: dict[str, Any], actions: int) -> np.ndarray:
+    """Which actions (A,) an agent has: told beside its picture, or in its info, or else all."""
+    mask = (seen if isinstance(seen, dict) else info).get("action_mask")
+    return np.ones(actions, bool) if mask is None else np.array(mask, bool)
+
+
+def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays (the format's fields) and meta data of a third party's environment, played by random legal actions.
+
+    Pictures of another type than uint8 are scaled to 0..255.
+    """
     agents, generator = env.possible_agents, np.random.default_rng([seed, 2])
-    n, actions = len(agents), int(env.action_space(agents[0]).n)
+    n, actions, start = len(agents), int(env.action_space(agents[0]).n), int(env.action_space(agents[0]).start)
     table, episode = [], 0
     while len(table) < rows:
         observations, infos = env.reset(seed=episode_seed(seed, episode))
-        previous = np.full(n, -1, np.int8)
+        previous = np.full(n, -1)
         for t in range(max_cycles):
-            chosen, masks = {}, {}
-            for agent in env.agents:
-                seen = observations[agent]
-                given = seen.get("action_mask") if isinstance(seen, dict) else infos[agent].get("action_mask")
-                masks[agent] = np.ones(actions, bool) if given is None else np.asarray(given, bool)
-                chosen[agent] = int(generator.choice(np.flatnonzero(masks[agent])))
+            before = {agent: picture_of(observations[agent]) for agent in env.agents}
+            masks = {agent: legal_actions(observations[agent], infos[agent], actions) for agent in before}
+            chosen = {agent: int(generator.choice(np.flatnonzero(mask))) for agent, mask in masks.items()}
             if not chosen:
                 break
-            start = int(env.action_space(agents[0]).start)
-            before = observations
             observations, rewards, terminated, truncated, infos = env.step({a: k + start for a, k in chosen.items()})
-            joint = np.array([chosen.get(agent, -1) for agent in agents], np.int8)
-            paid = np.array([rewards.get(agent, 0.0) for agent in agents], np.float32)
-            for i, agent in enumerate(agents):
-                if agent in chosen and len(table) < rows:
-                    views = [seen[agent] for seen in (before, observations)]
-                    table.append((
-                        *(np.array(view["observation"] if isinstance(view, dict) else view) for view in views),
-                        chosen[agent], masks[agent], t, episode, i, np.roll(previous, -i), np.roll(joint, -i), paid[i],
-                        np.roll(paid, -i), terminated[agent], truncated[agent] or t == max_cycles - 1,
-                    ))  # fmt: skip
+            joint = np.array([chosen.get(agent, -1) for agent in agents])
+            paid = np.array([rewards.get(agent, 0.0) for agent in agents])
+            for agent, action in chosen.items():
+                i = agents.index(agent)
+                table.append({
+                    "obs": before[agent], "next_obs": picture_of(observations[agent]), "action": action,
+                    "action_mask": masks[agent], "t": t, "episode": episode, "agent": i,
+                    "prev_actions": np.roll(previous, -i), "joint_action": np.roll(joint, -i),
+                    "reward": paid[i], "rewards": np.roll(paid, -i), "terminated": terminated[agent],
+                    "truncated": truncated[agent] or t == max_cycles - 1,
+                })  # fmt: skip
             previous = joint
         episode += 1
-    table.sort(key=lambda row: (row[5], row[6], row[4]))
-    names = (
-        "obs", "next_obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "joint_action", "reward",
-        "rewards", "terminated", "truncated",
-    )  # fmt: skip
-    arrays = {name: np.array(column) for name, column in zip(names, zip(*table, strict=True), strict=True)}
-    arrays["strategy"], arrays["roster"] = np.full(rows, -1), np.full((episode, n), -1)
+    table = sorted(table[:rows], key=lambda row: (row["episode"], row["agent"], row["t"]))
+    arrays = {name: np.array([row[name] for row in table]) for name in table[0]}
+    arrays |= {"strategy": np.full(rows, -1), "roster": np.full((episode, n), -1), "split": np.zeros(episode, int)}
     arrays["episode_seed"] = np.array([episode_seed(seed, i) for i in range(episode)])
     held_out, order = max(1, round(episode / 10)), np.random.default_rng([seed, 1]).permutation(episode)
-    arrays["split"] = np.zeros(episode)
     arrays["split"][order[:held_out]], arrays["split"][order[held_out : 2 * held_out]] = 2, 1
-    return arrays
+    low, high, bytes_already = arrays["obs"].min(), arrays["next_obs"].max(), arrays["obs"].dtype == np.uint8
+    if not bytes_already:
+        for name in ("obs", "next_obs"):
+            scaled = (arrays[name] - low) / max(float(high) - float(low), 1e-9) * 255
+            arrays[name] = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    meta = {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, "observation_range": [float(low), float(high)]}
+    return arrays, {**meta, "observation_scale": 1 if bytes_already and high <= 1 else 255}
 
 
-def as_bytes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Bring observations to (N, C, H, W) uint8 in place; returns what meta says of it. Others' ranges become 0..255."""
-    axes = (0, *(axis + 1 for axis in to_channels_first(arrays["obs"].shape[1:])))
-    low, high = (float(f([arrays["obs"].min(), arrays["next_obs"].max()])) for f in (min, max))
-    keep = arrays["obs"].dtype == np.uint8
-    for name in ("obs", "next_obs"):
-        values = arrays[name].transpose(axes)
-        arrays[name] = values if keep else np.uint8(np.rint((values - low) / max(high - low, 1e-9) * 255).clip(0, 255))
-    return {"observation_scale": 1 if keep and high <= 1 else 255, "observation_range": [low, high]}
-
-
-def open_dataset(args: Args) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
     """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
 
     Raises ValueError with one line.
@@ -260,25 +257,17 @@ def open_dataset(args: Args) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     path = Path(args.data_dir) / f"{name}__{args.max_cycles}__{args.rows}__{args.data_seed}.npz"
     if stag_hunt is not None and path.exists():
         return stag_hunt.load_dataset(path, FIELDS)
-    started = time.monotonic()
     if stag_hunt is not None and isinstance(env, stag_hunt.StagHunt):
         arrays, meta = stag_hunt.collect(args.rows, env.config, args.max_cycles, seed=args.data_seed)
     else:
-        arrays = play_randomly(env, args.rows, args.max_cycles, args.data_seed)
-        meta = {"env_kwargs": {"max_cycles": args.max_cycles}, "strategies": [], "seed": args.data_seed}
-        meta |= {**as_bytes(arrays), "action_names": list(getattr(env, "action_names", [])), "channel_names": []}
+        arrays, meta = play_randomly(env, args.rows, args.max_cycles, args.data_seed)
     env.close()
-    meta |= {"env_id": args.env_id, "command": sys.argv}
-    if stag_hunt is not None:
-        arrays = {
-            key: arrays[key].astype(kind, copy=False) for key, (kind, _) in stag_hunt.FIELDS.items() if key in arrays
-        }
-        stag_hunt.check_dataset(stag_hunt.Dataset(arrays, meta))
-        stag_hunt.save_dataset(path, stag_hunt.Dataset(arrays, meta))
-        seconds = time.monotonic() - started
-        print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected in {seconds:.1f} s, kept in {path}")
-        return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
-    return arrays, meta
+    if stag_hunt is None:
+        return arrays, meta
+    games = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
+    stag_hunt.save_dataset(path, games)
+    print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected, kept in {path}")
+    return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
 
 
 class Sizes(NamedTuple):
@@ -326,22 +315,14 @@ class Symmetry:
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        """Tables of where each cell comes from (8, H W), of turned position planes (8, 2, H, W), of actions (8, A)."""
+        """Tables of where each cell comes from (8, H W), of turned position planes (8, 2, H, W), of actions (8, A + 1).
+
+        `becomes` says what becomes of each action, and that none stays none; `been` (8, A) which action was each.
+        """
         self.players, self.things = sizes.players, torch.arange(sizes.players, sizes.channels, device=device)
-        cells, becomes = [], []
-        for turn in range(8):
-            board = torch.arange(sizes.height * sizes.width).view(sizes.height, sizes.width)
-            action = list(range(sizes.actions))
-            if turn & 4:
-                board, action[:4] = board.T, [2, 3, 0, 1]
-            for bit, axis, pair in ((1, 0, (0, 1)), (2, 1, (2, 3))):
-                if turn & bit:
-                    board = board.flip(axis)
-                    action[:4] = [pair[1 - pair.index(a)] if a in pair else a for a in action[:4]]
-            cells.append(board.flatten())
-            becomes.append(torch.tensor(action))
-        self.cells, self.becomes = torch.stack(cells).to(device), torch.stack(becomes).to(device)
-        self.been = self.becomes.argsort(1)  # which action has become each
+        tables = stag_hunt.symmetries(sizes.height, sizes.actions + 1)
+        self.cells, self.becomes = (torch.from_numpy(table).to(device) for table in tables)
+        self.been = self.becomes[:, :-1].argsort(1)
         places = position_planes(sizes).to(device)
         self.places = places.flatten(1)[:, self.cells].transpose(0, 1).unflatten(2, places.shape[1:])
 
@@ -358,36 +339,46 @@ class Records:
     A sequence is the rows of one player in one episode.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], context: str, device: torch.device) -> None:
-        """Copy what the training reads to the device. Raises ValueError if the observations are too small."""
+    def __init__(self, arrays: Arrays, meta: dict[str, Any], context: str, device: torch.device) -> None:
+        """Copy what the training reads to the device."""
         self.arrays, self.meta, self.context = arrays, meta, context
         _, channels, height, width = arrays["obs"].shape
-        self.sizes = Sizes(
-            channels, height, width, arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1],
-            float(meta.get("observation_scale", 1)),
-            float(meta.get("env_kwargs", {}).get("max_cycles") or int(arrays["t"].max()) + 1),
-        )  # fmt: skip
-        self.places = position_planes(self.sizes).to(device)
+        actions, players = arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1]
+        steps = meta.get("env_kwargs", {}).get("max_cycles") or arrays["t"].max() + 1
+        pixel_scale = float(meta.get("observation_scale", 1))
+        self.sizes = Sizes(channels, height, width, actions, players, pixel_scale, float(steps))
         self.strategies = list(meta.get("strategies", []))
+        names = list(meta.get("action_names") or [])
+        self.action_names = names if len(names) == actions else [str(action) for action in range(actions)]
+
+        def to_device(values: np.ndarray, kind: type) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, kind)).to(device)
+
+        self.obs, self.mask = to_device(arrays["obs"], np.uint8), to_device(arrays["action_mask"], np.bool_)
+        self.action, self.strategy = (to_device(arrays[name], np.int64) for name in ("action", "strategy"))
+        previous = arrays["prev_actions"].astype(np.int64)
+        self.previous = to_device(np.where(previous < 0, actions, previous), np.int64)
+        self.time = to_device(arrays["t"].astype(np.float32) / self.sizes.time_scale, np.float32)
+        self.places = position_planes(self.sizes).to(device)
         # Only of the stag hunt it is known what turning the board does to the actions.
         self.symmetry = Symmetry(self.sizes, device) if self.strategies and height == width else None
-        names = list(meta.get("action_names") or [])
-        self.action_names = names if len(names) == self.sizes.actions else [str(a) for a in range(self.sizes.actions)]
-
-        def to_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-        self.obs, self.mask = to_device(arrays["obs"]), to_device(arrays["action_mask"].astype(bool))
-        self.action = to_device(arrays["action"].astype(np.int64))
-        self.time = to_device(arrays["t"].astype(np.float32) / self.sizes.time_scale)
-        self.strategy = to_device(arrays["strategy"].astype(np.int64))
-        previous = arrays["prev_actions"].astype(np.int64)
-        self.previous = to_device(np.where(previous < 0, self.sizes.actions, previous))
         key = arrays["episode"].astype(np.int64) * 1_000 + arrays["agent"]
-        new = np.flatnonzero(np.diff(key, prepend=-1))
-        self.starts, self.lengths = new, np.diff(new, append=len(key))
-        self.position = to_device(np.arange(len(key)) - np.repeat(new, self.lengths))
+        self.starts = np.flatnonzero(np.diff(key, prepend=-1))
+        self.lengths = np.diff(self.starts, append=len(key))
+        self.position = to_device(np.arange(len(key)) - np.repeat(self.starts, self.lengths), np.int64)
         self.split = arrays["split"][arrays["episode"]]
+
+    @functools.cached_property
+    def ceilings(self) -> Arrays:
+        """Predictions (N, A) of `history Bayes` and `oracle` (see envs/stag_hunt.py); empty for unknown policies."""
+        if "policy_probs" not in self.arrays:
+            return {}
+        return stag_hunt.ceilings(stag_hunt.Dataset(self.arrays, self.meta))
+
+    def fingerprint(self) -> str:
+        """What tells whether a resumed run still has the dataset that it began with."""
+        hashes, obs, action = self.meta.get("sha256", {}), self.arrays["obs"], self.arrays["action"]
+        return json.dumps([hashes.get("obs"), hashes.get("action"), obs.shape, int(action.sum())])
 
     def rows(self, split: int, episodes: int | None = None) -> np.ndarray:
         """Row numbers of a split (0 train, 1 validation, 2 test), or of its first episodes."""
@@ -396,21 +387,25 @@ class Records:
             chosen &= np.isin(self.arrays["episode"], np.unique(self.arrays["episode"][chosen])[:episodes])
         return np.flatnonzero(chosen)
 
+    def probe_rows(self, count: int) -> np.ndarray:
+        """The first rows of the training split, which probes are fitted to: whole episodes, at least one."""
+        rows = self.rows(0)
+        episodes = self.arrays["episode"][rows]
+        return rows[episodes <= episodes[min(count, len(rows)) - 1]]
+
     def units(self, rows: np.ndarray) -> np.ndarray:
         """What batches are drawn from: the rows themselves, or with history the numbers of their sequences."""
-        if self.context != "history":
-            return rows
-        return np.flatnonzero(np.isin(self.starts, rows))
+        return np.flatnonzero(np.isin(self.starts, rows)) if self.context == "history" else rows
 
-    def rows_of(self, units: Tensor) -> tuple[Tensor, Tensor | None, int]:
-        """The rows (R,) of some units; with history also each row's slot (R,), and the table's length."""
+    def rows_of(self, units: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The rows (R,) of some units (U,), each row's slot (R,) in a table of units by steps, and its steps."""
+        device = self.obs.device
         if self.context != "history":
-            return units, None, 0
+            return units.to(device), torch.arange(len(units), device=device), 1
         starts, lengths = (torch.from_numpy(values)[units] for values in (self.starts, self.lengths))
         sequence, longest = torch.repeat_interleave(torch.arange(len(units)), lengths), int(lengths.max())
         place = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
-        rows, slot = starts[sequence] + place, sequence * longest + place
-        return rows.to(self.obs.device), slot.to(self.obs.device), longest
+        return (starts[sequence] + place).to(device), (sequence * longest + place).to(device), longest
 
     def batch(self, units: Tensor, world: tuple[Tensor, Tensor] | None = None) -> Batch:
         """Gather a batch of these rows or sequences (U,) (on the CPU).
@@ -418,35 +413,29 @@ class Records:
         With a `world` of `Symmetry.draw`, unit u is turned by world[0] (U,) and its players are in the order of
         world[1] (U, n), planes and actions alike.
         """
-        (rows, slot, length), device = self.rows_of(units), self.obs.device
-        rows = rows.to(device)
-        back = torch.arange(4 if self.context == "4" else 1, device=device)
+        rows, slot, length = self.rows_of(units)
+        back = torch.arange(4 if self.context == "4" else 1, device=rows.device)
         then = (rows[:, None] - back).clamp_min(0)
-        mask, action, previous = self.mask[rows], self.action[rows], None
+        mask, action = self.mask[rows], self.action[rows]
         if world is None:
             frames, places = self.obs[then], self.places.expand(len(rows), -1, -1, -1)
         else:
-            turn, order = (values.to(device) for values in world)
-            if slot is not None:
-                turn, order = turn[slot // length], order[slot // length]
-            source = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)
-            plane = then[:, :, None] * self.sizes.channels + source[:, None]  # (R, frames, C), while still bytes
-            frames = self.obs.flatten(0, 1).flatten(1).index_select(0, plane.flatten()).view(*plane.shape, -1)
+            turn, order = (values.to(rows.device)[slot // length] for values in world)
+            plane = torch.cat((order, self.symmetry.things.expand(len(rows), -1)), 1)
+            source = then[:, :, None] * self.sizes.channels + plane[:, None]  # (R, frames, C), while still bytes
+            frames = self.obs.flatten(0, 1).flatten(1).index_select(0, source.flatten()).view(*source.shape, -1)
             frames = frames.gather(3, self.symmetry.cells[turn][:, None, None].expand_as(frames))
             frames, places = frames.unflatten(3, self.obs.shape[2:]), self.symmetry.places[turn]
-            been = self.symmetry.been[turn]
-            mask, action = mask.gather(1, been), self.symmetry.becomes[turn].gather(1, action[:, None])[:, 0]
+            becomes = self.symmetry.becomes[turn]
+            mask, action = mask.gather(1, self.symmetry.been[turn]), becomes.gather(1, action[:, None])[:, 0]
         if self.context == "4":  # there are no frames before the first
             frames = frames * (back <= self.position[rows, None])[:, :, None, None, None]
-        frames = frames.flatten(1, 2).float()
-        frames = frames if self.sizes.pixel_scale == 1.0 else frames.div_(self.sizes.pixel_scale)
+        frames = frames.flatten(1, 2).float().div_(self.sizes.pixel_scale)
         batch = Batch(torch.cat((frames, places), 1), self.time[rows], mask, action)
-        if slot is None:
+        if self.context != "history":
             return batch
         previous = self.previous[rows]
-        if world is not None:
-            becomes = F.pad(self.symmetry.becomes[turn], (0, 1), value=self.sizes.actions)  # none stays none
-            previous = becomes.gather(1, previous.gather(1, order))
+        previous = previous if world is None else becomes.gather(1, previous.gather(1, order))
         previous = F.one_hot(previous, self.sizes.actions + 1).float()
         return batch._replace(previous=previous, slot=slot, sequences=len(units), length=length)
 
@@ -469,6 +458,11 @@ class Sampler:
             generator = torch.Generator().manual_seed(episode_seed(self.seed, passes, stream=2))
             self.passes, self.order = passes, self.units[torch.randperm(len(self.units), generator=generator)]
         return self.order[number * self.size : (number + 1) * self.size]
+
+    def batch(self, step: int, augment: bool) -> Batch:
+        """A step's batch, its boards turned and its players reordered at random where that is known to be right."""
+        units, symmetry = self.draw(step), self.records.symmetry
+        return self.records.batch(units, symmetry.draw(len(units)) if symmetry and augment else None)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -573,6 +567,11 @@ class PolicyHead(nn.Module):
         return logits.masked_fill(~batch.mask, -math.inf)
 
 
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """The KL divergence (R,) of q(z | view) from the standard normal, both (R, latent), summed over dimensions."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)
+
+
 # Learning ------------------------------------------------------------------------------------------------------------
 class MOA:
     """The networks, one Adam over all that the objective uses, and the update."""
@@ -583,11 +582,7 @@ class MOA:
         self.encoder = Encoder(sizes, args.context, args.latent_dim).to(device)
         self.decoder = Decoder(sizes, args.latent_dim).to(device)
         self.head = PolicyHead(sizes, args.head_input, args.context, args.latent_dim).to(device)
-        self.used = {"encoder": self.encoder}
-        if args.objective != "moa":
-            self.used["decoder"] = self.decoder
-        if args.objective != "reconstruction":
-            self.used["head"] = self.head
+        self.used: dict[str, nn.Module] = {name: getattr(self, name) for name in USED[args.objective]}
         self.parameters = [parameter for module in self.used.values() for parameter in module.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
 
@@ -600,11 +595,10 @@ class MOA:
         mean, log_variance = self.encoder(batch)
         noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (0.5 * log_variance).exp() * noise
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
-        losses, total = {"kl": kl}, alpha * kl
+        losses = {"kl": divergence(mean, log_variance).mean()}
+        total = alpha * losses["kl"]
         if "decoder" in self.used:
-            frame = batch.frames[:, : self.sizes.channels]
-            logits = self.decoder(z)
+            frame, logits = batch.frames[:, : self.sizes.channels], self.decoder(z)
             losses["reconstruction"] = F.binary_cross_entropy_with_logits(logits, frame, reduction="sum") / len(z)
             losses["reconstruction_mse"] = (logits.detach().sigmoid() - frame).square().mean()
             total = total + self.args.reconstruction_weight * losses["reconstruction"]
@@ -622,8 +616,7 @@ class MOA:
         args = self.args
         losses = self.losses(batch, self.alpha(step), noise)
         share = 0.5 * (1.0 + math.cos(math.pi * step / max(args.total_timesteps, 1))) if args.anneal_lr else 1.0
-        for group in self.optimizer.param_groups:  # a new rate never costs the optimizer its moments
-            group["lr"] = share * args.learning_rate
+        self.optimizer.param_groups[0]["lr"] = share * args.learning_rate  # which never costs Adam its moments
         self.optimizer.zero_grad()
         losses["total"].backward()
         losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
@@ -677,113 +670,99 @@ def save_model(model: MOA, path: Path) -> None:
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> dict[str, np.ndarray]:
+def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> Arrays:
     """For each row: latent `mean` (R, latent), `kl`, the head's `q` (R, A), the decoder's `frame_nll` and `frame_mse`.
 
     Without noise; what the objective does not train is left out.
     """
     units = torch.from_numpy(records.units(rows))
-    size = size if records.context != "history" else max(1, size * len(units) // len(rows))
     parts: dict[str, list[Tensor]] = {}
-    for part in units.split(size):
+    for part in units.split(max(1, size * len(units) // len(rows))):
         batch = records.batch(part)
         mean, log_variance = model.encoder(batch)
-        values = {"mean": mean, "kl": 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)}
+        values = {"mean": mean, "kl": divergence(mean, log_variance)}
         if "head" in model.used:
             values["q"] = model.head(mean, batch).softmax(1)
         if "decoder" in model.used:
             frame, logits = batch.frames[:, : model.sizes.channels], model.decoder(mean)
             nll = F.binary_cross_entropy_with_logits(logits, frame, reduction="none")
-            values |= {
-                "frame_nll": nll.sum((1, 2, 3)),
-                "frame_mse": (logits.sigmoid() - frame).square().mean((1, 2, 3)),
-            }
+            values["frame_nll"] = nll.sum((1, 2, 3))
+            values["frame_mse"] = (logits.sigmoid() - frame).square().mean((1, 2, 3))
         for name, value in values.items():
             parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def fit_probe(inputs: Tensor, target: Tensor, classes: int, mask: Tensor | None = None) -> Callable[..., Tensor]:
-    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), mask -> log-probabilities.
+def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), legal -> log-probabilities.
 
-    `mask` (R, classes) are the legal classes. The features are standardised first.
+    `legal` (R, classes or 1) are the possible classes. The features are standardised first.
     """
-    inputs = inputs.float()
     center, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
-    weight = torch.zeros(inputs.shape[1] + 1, classes, device=inputs.device, requires_grad=True)
+    weight = torch.zeros(inputs.shape[1] + 1, classes, requires_grad=True)
 
-    def log_probabilities(x: Tensor, legal: Tensor | None = None) -> Tensor:
-        logits = (x.float() - center) / scale @ weight[:-1] + weight[-1]
-        return (logits if legal is None else logits.masked_fill(~legal, -math.inf)).log_softmax(1)
-
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    def log_probabilities(x: Tensor, legal: Tensor) -> Tensor:
+        logits = (x - center) / scale @ weight[:-1] + weight[-1]
+        return logits.masked_fill(~legal, -math.inf).log_softmax(1)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.nll_loss(log_probabilities(inputs, mask), target) + 1e-5 * weight.square().sum()
+        loss = F.nll_loss(log_probabilities(inputs, legal), target) + 1e-5 * weight.square().sum()
         loss.backward()
         return loss
 
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
     optimizer.step(closure)
     weight.requires_grad_(False)
     return log_probabilities
 
 
-def probe_action(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Action probabilities (R, A) of a linear probe with legal actions on the frozen latent `mean` (R, latent)."""
-    fitted = torch.from_numpy(predict(model, records, fit_rows)["mean"])
-    action, mask = records.action.cpu(), records.mask.cpu()
-    probe = fit_probe(fitted, action[fit_rows], records.sizes.actions, mask[fit_rows])
-    return probe(torch.from_numpy(mean), mask[rows]).exp().numpy()
+def probe(
+    model: MOA, records: Records, rows: np.ndarray, mean: np.ndarray, more: dict[str, tuple[Tensor, int]] | None = None
+) -> dict[str, Tensor]:
+    """Log-probabilities (R, classes) by linear probes of the latent `mean` (R, latent) of these rows: of the action.
+
+    And of `more`: by name, each row's class (N,) and how many there are.
+    """
+    fit_rows, action = records.probe_rows(model.args.probe_rows), (records.action.cpu(), records.sizes.actions)
+    fitted, found = torch.from_numpy(predict(model, records, fit_rows)["mean"]), {}
+    for name, (target, classes) in {"action": action, **(more or {})}.items():
+        legal = records.mask.cpu() if name == "action" else torch.ones(len(target), 1, dtype=torch.bool)
+        classify = fit_probe(fitted, target[fit_rows], classes, legal[fit_rows])
+        found[name] = classify(torch.from_numpy(mean), legal[rows])
+    return found
 
 
-def probe_rows(records: Records, count: int) -> np.ndarray:
-    """The first rows of the training split that probes are fitted to: whole episodes, at least one."""
-    rows = records.rows(0)
-    episodes = records.arrays["episode"][rows]
-    return rows[episodes <= episodes[min(count, len(rows)) - 1]]
+class Evaluation(NamedTuple):
+    """Predictions `q` (R, A) for `rows` (R,), and everything else that `predict` returns for them."""
+
+    rows: np.ndarray
+    q: np.ndarray
+    values: Arrays
 
 
-def run_probes(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray) -> dict[str, float]:
+def evaluate(model: MOA, records: Records, rows: np.ndarray) -> Evaluation:
+    """Predict rows with the policy head, or, where the objective trains none, with a linear probe of the latent."""
+    values = predict(model, records, rows)
+    q = values.pop("q", None)
+    if q is None:
+        q = probe(model, records, rows, values["mean"])["action"].exp().numpy()
+    return Evaluation(rows, q.astype(np.float64), values)
+
+
+def run_probes(model: MOA, records: Records, result: Evaluation) -> dict[str, float]:
     """Accuracy of linear probes from the frozen latent mean: action, strategy, and where things are on the board."""
-    size, cells = records.sizes, records.sizes.height * records.sizes.width
-    seen, fitted = predict(model, records, rows), predict(model, records, fit_rows)
-    features = [torch.from_numpy(values["mean"]) for values in (fitted, seen)]
-    action, mask, strategy = records.action.cpu(), records.mask.cpu(), records.strategy.cpu()
-    targets: dict[str, tuple[Tensor, int, bool]] = {"action": (action, size.actions, True)}
+    names, cells, targets = records.meta.get("channel_names", []), records.places[0].numel(), {}
     if len(records.strategies) > 1:
-        targets["strategy"] = (strategy, len(records.strategies), False)
-    for name in ("self", "stag"):
-        if name in records.meta.get("channel_names", []):
-            plane = records.obs[:, records.meta["channel_names"].index(name)].flatten(1).cpu()
-            place = torch.where((plane > 0).any(1), plane.argmax(1), cells)
-            targets[f"{name}'s cell"] = (place, cells + 1, False)
-    result = {"latent KL": float(seen["kl"].mean())}
-    for name, (target, classes, masked) in targets.items():
-        probe = fit_probe(features[0], target[fit_rows], classes, mask[fit_rows] if masked else None)
-        guess = probe(features[1], mask[rows] if masked else None).argmax(1)
-        result[name] = float((guess == target[rows]).float().mean())
-    return result
-
-
-def strategy_of(net: nn.ModuleList, batch: Batch) -> Tensor:
-    """Log-probabilities (R, K) of the player's strategy by the reference classifier."""
-    return net[1](torch.cat((net[0](batch), batch.time[:, None]), 1)).log_softmax(1)
-
-
-def train_reference(net: nn.ModuleList, records: Records, args: Args) -> None:
-    """Train the reference classifier on the true strategies of the training rows."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
-    sampler = Sampler(records, records.rows(0), 256, seed=0)
-    for step in range(args.reference_steps):
-        units = sampler.draw(step)
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
-        world = records.symmetry.draw(len(units)) if records.symmetry and args.augment else None
-        loss = F.nll_loss(strategy_of(net, records.batch(units, world)), records.strategy[units])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        targets["strategy"] = records.strategy.cpu(), len(records.strategies)
+    for name in [name for name in ("self", "stag") if name in names]:
+        plane = records.obs[:, names.index(name)].flatten(1).cpu()
+        targets[f"{name}'s cell"] = torch.where((plane > 0).any(1), plane.argmax(1), cells), cells + 1
+    found, accuracy = probe(model, records, result.rows, result.values["mean"], targets), {}
+    for name, guess in found.items():
+        truth = targets[name][0] if name in targets else records.action.cpu()
+        accuracy[name] = float((guess.argmax(1) == truth[result.rows]).float().mean())
+    return {"latent KL": float(result.values["kl"].mean()), **accuracy}
 
 
 def reference_strategy(records: Records, rows: np.ndarray, args: Args) -> np.ndarray:
@@ -793,41 +772,25 @@ def reference_strategy(records: Records, rows: np.ndarray, args: Args) -> np.nda
     """
     device = records.obs.device
     records = Records(records.arrays, records.meta, "1", device)
+    sampler = Sampler(records, records.rows(0), 256, seed=0)
+
+    def log_probabilities(batch: Batch) -> Tensor:
+        return layer(torch.cat((trunk(batch), batch.time[:, None]), 1)).log_softmax(1)
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = nn.ModuleList([Trunk(records.sizes, "1"), nn.Linear(HIDDEN + 1, len(records.strategies))]).to(device)
-        train_reference(net, records, args)
+        trunk, layer = Trunk(records.sizes, "1").to(device), nn.Linear(HIDDEN + 1, len(records.strategies)).to(device)
+        optimizer = torch.optim.Adam([*trunk.parameters(), *layer.parameters()], fused=True)
+        for step in range(args.reference_steps):
+            optimizer.param_groups[0]["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
+            strategy = records.strategy[sampler.draw(step)]
+            loss = F.nll_loss(log_probabilities(sampler.batch(step, args.augment)), strategy)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     with torch.inference_mode():
         batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
-        return torch.cat([strategy_of(net, batch).exp().cpu() for batch in batches]).numpy()
-
-
-def score(q: np.ndarray, records: Records, rows: np.ndarray, best_nll: float = math.nan) -> dict[str, float]:
-    """Scores of predictions (R, A) on these rows.
-
-    `top1`, `top3`, `balanced_accuracy`, `macro_f1`, `nll`, `ece` (15 bins) are about what was done. Where the policies
-    are known, `expected_top1` is the mean probability of the predicted action, the top-1 accuracy without the luck of
-    the draw, and `regret` the expected NLL above `best_nll`; else both are nan.
-    """
-    action, every = records.arrays["action"][rows].astype(int), np.arange(len(rows))
-    guess, order = q.argmax(1), np.argsort(-q, 1)
-    hit, sure = guess == action, q.max(1)
-    counts = confusion(q, records, rows)
-    present = counts.sum(1) > 0
-    recall = np.diag(counts)[present] / counts.sum(1)[present]
-    f1 = 2 * np.diag(counts)[present] / (counts.sum(0) + counts.sum(1))[present]
-    gaps = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows)
-    result = {
-        "rows": float(len(rows)), "top1": float(hit.mean()),
-        "top3": float((order[:, :3] == action[:, None]).any(1).mean()),
-        "expected_top1": math.nan, "balanced_accuracy": float(recall.mean()), "macro_f1": float(f1.mean()),
-        "nll": float(surprise(q[every, action]).mean()), "regret": math.nan, "ece": float(np.abs(gaps).sum()),
-    }  # fmt: skip
-    true = true_probabilities(records, rows)
-    if true is not None:
-        result["expected_top1"] = float(true[every, guess].mean())
-        result["regret"] = expected_nll(q, true) - best_nll
-    return result
+        return torch.cat([log_probabilities(batch).exp().cpu() for batch in batches]).numpy()
 
 
 def surprise(probabilities: np.ndarray) -> np.ndarray:
@@ -848,80 +811,67 @@ def confusion(q: np.ndarray, records: Records, rows: np.ndarray) -> np.ndarray:
     return np.bincount(pairs, minlength=size * size).reshape(size, size)
 
 
-def true_probabilities(records: Records, rows: np.ndarray) -> np.ndarray | None:
-    """The probabilities (R, A) with which the player acted, if they are known."""
-    if "policy_probs" not in records.arrays:
-        return None
-    return records.arrays["policy_probs"][rows, records.arrays["strategy"][rows]].astype(np.float64)
+def recalls(counts: np.ndarray) -> np.ndarray:
+    """The share (A,) of each action's rows that was predicted, from a confusion matrix; nan where there are none."""
+    return np.diag(counts) / np.where(counts.sum(1) > 0, counts.sum(1), np.nan)
 
 
-def ceilings(records: Records) -> dict[str, np.ndarray]:
-    """Predictions (N, A) for all rows by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
+def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]:
+    """Scores of predictions (R, A) on these rows.
 
-    Nobody who sees the whole game can do better than the first, nobody at all better than the second. Empty where the
-    policies are unknown.
+    `top1`, `top3`, `balanced_accuracy`, `macro_f1`, `nll`, `ece` (15 bins) are about what was done. Where the policies
+    are known, `expected_top1` is the mean probability of the predicted action, the top-1 accuracy without the luck of
+    the draw, and `regret` the expected NLL above that of history Bayes; else both are nan.
     """
-    if "policy_probs" not in records.arrays or stag_hunt is None:
-        return {}
-    posterior = stag_hunt.history_posterior(stag_hunt.Dataset(records.arrays, records.meta))
-    mixed = np.einsum("rk,rka->ra", posterior, records.arrays["policy_probs"].astype(np.float64))
-    return {"history Bayes": mixed, "oracle": true_probabilities(records, np.arange(len(mixed)))}
+    action, every = records.arrays["action"][rows].astype(int), np.arange(len(rows))
+    guess, sure, counts = q.argmax(1), q.max(1), confusion(q, records, rows)
+    hit, done = guess == action, counts.sum(1)
+    present = done > 0
+    f1 = 2 * np.diag(counts)[present] / (done + counts.sum(0))[present]
+    gaps = np.bincount(np.minimum((sure * 15).astype(int), 14), weights=hit - sure, minlength=15) / len(rows)
+    result = {
+        "rows": len(rows), "top1": hit.mean(), "top3": (np.argsort(-q, 1)[:, :3] == action[:, None]).any(1).mean(),
+        "expected_top1": math.nan, "balanced_accuracy": recalls(counts)[present].mean(), "macro_f1": f1.mean(),
+        "nll": surprise(q[every, action]).mean(), "regret": math.nan, "ece": np.abs(gaps).sum(),
+    }  # fmt: skip
+    if records.ceilings:
+        true, best = records.ceilings["oracle"][rows], records.ceilings["history Bayes"][rows]
+        result["expected_top1"] = true[every, guess].mean()
+        result["regret"] = expected_nll(q, true) - expected_nll(best, true)
+    return {name: float(value) for name, value in result.items()}
 
 
-def baselines(records: Records, rows: np.ndarray) -> dict[str, np.ndarray]:
+def baselines(records: Records, rows: np.ndarray) -> Arrays:
     """Predictions (R, A) without looking: the training rows' class shares, as they are and among the legal actions."""
-    shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions).astype(float)
-    shares = (shares + 1.0) / (shares + 1.0).sum()
+    shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions) + 1.0
+    shares /= shares.sum()
     legal = np.where(records.arrays["action_mask"][rows], shares, 0.0)
     return {"majority": np.tile(shares, (len(rows), 1)), "prior + mask": legal / legal.sum(1, keepdims=True)}
 
 
 def difference(first: np.ndarray, second: np.ndarray, records: Records, rows: np.ndarray) -> tuple[float, float]:
-    """Expected accuracy (else accuracy) of predictions (R, A) minus that of others, and its standard error.
+    """Expected accuracy of predictions (R, A) minus that of others, and its standard error.
 
-    The error is clustered by episode: rows of one game are not independent.
+    The error is clustered by episode: rows of one game are not independent. The policies must be known.
     """
-    true, every = true_probabilities(records, rows), np.arange(len(rows))
-    if true is None:
-        true = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
+    true, every = records.ceilings["oracle"][rows], np.arange(len(rows))
     gain = true[every, first.argmax(1)] - true[every, second.argmax(1)]
-    _, episode = np.unique(records.arrays["episode"][rows], return_inverse=True)
-    sums = np.bincount(episode, weights=gain - gain.mean())
+    sums = np.bincount(records.arrays["episode"][rows], weights=gain - gain.mean())
     return float(gain.mean()), float(np.sqrt(np.square(sums).sum()) / len(rows))
 
 
-class Evaluation(NamedTuple):
-    """Predictions `q` (R, A) for `rows` (R,), and everything else that `predict` returns for them."""
-
-    rows: np.ndarray
-    q: np.ndarray
-    values: dict[str, np.ndarray]
-
-
-def evaluate(model: MOA, records: Records, rows: np.ndarray, fit_rows: np.ndarray) -> Evaluation:
-    """Predict rows with the policy head, or, where the objective trains none, with a linear probe of the latent."""
-    values = predict(model, records, rows)
-    q = values.pop("q", None)
-    q = probe_action(model, records, rows, fit_rows, values["mean"]) if q is None else q
-    return Evaluation(rows, q.astype(np.float64), values)
-
-
 def subsets(records: Records, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Positions in `rows` by name: all of them, then those of each strategy."""
+    """Positions in `rows` by name: all of them, then those of each strategy that is among them."""
     yield "all", np.arange(len(rows))
     for k, name in enumerate(records.strategies):
-        yield name, np.flatnonzero(records.arrays["strategy"][rows] == k)
-
-
-def score_subsets(q: np.ndarray, records: Records, rows: np.ndarray, best: np.ndarray | None) -> list[dict[str, Any]]:
-    """`score` of all rows and of each strategy's, one dict each, with regret against the predictions `best` (R, A)."""
-    table = []
-    for name, part in subsets(records, rows):
-        true = true_probabilities(records, rows[part])
-        best_nll = math.nan if best is None or true is None else expected_nll(best[part], true)
+        part = np.flatnonzero(records.arrays["strategy"][rows] == k)
         if len(part):
-            table.append({"subset": name, **score(q[part], records, rows[part], best_nll)})
-    return table
+            yield name, part
+
+
+def score_subsets(q: np.ndarray, records: Records, rows: np.ndarray) -> list[dict[str, Any]]:
+    """`score` of all rows and of each strategy's, one dict each."""
+    return [{"subset": name, **score(q[part], records, rows[part])} for name, part in subsets(records, rows)]
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -933,19 +883,36 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records, best: np.ndarray | None) -> None:
+def evaluate_epoch(model: MOA, records: Records, train: dict[str, float]) -> tuple[dict[str, float], Evaluation]:
+    """Losses on validation games and scores of the first test games; `train` are this epoch's mean training losses."""
+    seen, rows = predict(model, records, records.rows(1)), records.rows(1)
+    parts = {"kl": (seen["kl"], model.args.kl_weight)}  # the final weight, so that epochs compare
+    if "q" in seen:
+        parts["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
+    if "frame_nll" in seen:
+        parts["reconstruction"] = seen["frame_nll"], model.args.reconstruction_weight
+    losses = {name: float(values.mean()) for name, (values, _) in parts.items()}
+    losses["loss"] = sum(weight * losses[name] for name, (_, weight) in parts.items())
+    metrics = {f"train_{name}": train.get(name, math.nan) for name in LOSSES}
+    metrics |= {f"validation_{name}": losses.get(name, math.nan) for name in LOSSES}
+    result = evaluate(model, records, records.rows(2, model.args.eval_episodes))
+    for row in score_subsets(result.q, records, result.rows):
+        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
+        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
+    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
+    return metrics, result
+
+
+def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records) -> None:
     """`moa_eval_epoch{k}.csv`: scores and recall by strategy; `.npz`: predictions and latents, row by row."""
-    table = score_subsets(result.q, records, result.rows, best)
-    for row, (_, part) in zip(table, subsets(records, result.rows), strict=False):
-        counts = confusion(result.q[part], records, result.rows[part])
-        recall = np.diag(counts) / np.where(counts.sum(1) > 0, counts.sum(1), np.nan)
-        row |= {f"recall {name}": value for name, value in zip(records.action_names, recall.tolist(), strict=True)}
+    table = score_subsets(result.q, records, result.rows)
+    for row, (_, part) in zip(table, subsets(records, result.rows), strict=True):
+        recall = recalls(confusion(result.q[part], records, result.rows[part])).tolist()
+        row |= {f"recall {name}": value for name, value in zip(records.action_names, recall, strict=True)}
     write_csv(folder / f"moa_eval_epoch{epoch}.csv", table)
-    content = {
-        "row": result.rows, "q": result.q.astype(np.float32), "action": records.arrays["action"][result.rows],
-        "strategy": records.arrays["strategy"][result.rows], "confusion": confusion(result.q, records, result.rows),
-        **result.values,
-    }  # fmt: skip
+    content = {"row": result.rows, "q": result.q.astype(np.float32), **result.values}
+    content |= {name: records.arrays[name][result.rows] for name in ("action", "strategy")}
+    content["confusion"] = confusion(result.q, records, result.rows)
     write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
 
 
@@ -953,30 +920,17 @@ def record_videos(result: Evaluation, records: Records, folder: Path, step: int,
     """Write mp4 videos of the first held-out games, with what is predicted for each player, and return their paths."""
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 
-    arrays, kwargs = records.arrays, records.meta["env_kwargs"]
-    env, paths = stag_hunt.StagHunt(**kwargs, render_mode="rgb_array"), []
+    arrays, names, paths = records.arrays, records.action_names, []
+
+    def caption(row: int) -> str:
+        q = result.q[np.searchsorted(result.rows, row)]
+        likely = ", ".join(f"{names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005)
+        player = f"{arrays['agent'][row]} ({records.strategies[arrays['strategy'][row]]})"
+        return f"{player} does {names[arrays['action'][row]]}; predicted: {likely}"
+
     (folder / "videos").mkdir(exist_ok=True)
     for episode in np.unique(arrays["episode"][result.rows])[:games]:
-        env.reset(seed=int(arrays["episode_seed"][episode]))
-        frames = []
-        for t in range(int(arrays["t"][arrays["episode"] == episode].max()) + 1):
-            now = np.flatnonzero((arrays["episode"][result.rows] == episode) & (arrays["t"][result.rows] == t))
-            lines, actions = [], {}
-            for place in now:
-                row, q = result.rows[place], result.q[place]
-                player, did = int(arrays["agent"][row]), int(arrays["action"][row])
-                actions[f"player_{player}"] = did
-                likely = [f"{records.action_names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005]
-                strategy = records.strategies[arrays["strategy"][row]]
-                lines.append(f"{player} ({strategy}) does {records.action_names[did]}; predicted: {', '.join(likely)}")
-            if set(actions) != set(env.agents):
-                break  # the record's last game is cut
-            board = PIL.Image.fromarray(env.render())
-            frame = PIL.Image.new("RGB", (board.width, board.height + 16 * (records.sizes.players + 1)), "white")
-            frame.paste(board)
-            PIL.ImageDraw.Draw(frame).multiline_text((10, board.height + 6), "\n".join(lines), "black", spacing=3)
-            frames.append(np.asarray(frame))
-            env.step(actions)
+        frames = list(stag_hunt.replay(stag_hunt.Dataset(arrays, records.meta), episode, caption))
         paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
         ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
     return paths
@@ -1187,88 +1141,74 @@ class Run:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
-    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
-    figure = Figure(figsize=(4.0 * columns + 0.6, 3.4 * rows + 0.5), layout="constrained")
+def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure of its own (no pyplot, so no global state), with an array (columns,) of axes."""
+    figure = Figure(figsize=(4.0 * columns + 0.6, 3.9), layout="constrained")
     figure.suptitle(title)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
-    """Training losses (means over an epoch), and the validation loss, over gradient steps."""
-    names = [name for name in ("policy", "reconstruction", "kl") if not math.isnan(rows[-1][f"train_{name}"])]
-    figure, axes = new_figure(1, 1 + len(names), title)
+    """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
+    names = [name for name in LOSSES if not math.isnan(rows[-1][f"validation_{name}"])]
+    figure, axes = new_figure(len(names), title)
     steps = [row["step"] for row in rows]
-    for axis, name in zip(axes[0], ("loss", *names), strict=True):
-        axis.plot(steps, [row[f"train_{name}"] for row in rows], marker=".", label="training rows")
-        axis.plot(steps, [row[f"validation_{name}"] for row in rows], marker=".", label="held-out rows (validation)")
-        unit = {"policy": "cross-entropy", "reconstruction": "cross-entropy of a frame", "kl": "KL"}.get(name, "loss")
-        axis.set(xlabel="gradient steps", ylabel=f"{unit} (nats)" if name != "loss" else "loss of the objective")
+    for axis, name in zip(axes, names, strict=True):
+        for part in ("train", "validation"):
+            axis.plot(steps, [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows")
+        axis.set(xlabel="gradient steps", ylabel=f"{name} (nats)")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     return figure
 
 
 def draw_confusion(result: Evaluation, records: Records) -> Figure:
-    """The share of each action's rows that was predicted as each other, for all rows and for each strategy."""
-    parts = list(subsets(records, result.rows))
-    figure, axes = new_figure(1, len(parts), "What was done (rows) and what was predicted (columns)")
-    names, size = records.action_names, records.sizes.actions
-    for axis, (name, part) in zip(axes[0], parts, strict=True):
+    """Of each action's rows the share, in %, that was predicted as each other, for all rows and for each strategy."""
+    parts, names = list(subsets(records, result.rows)), records.action_names
+    figure, axes = new_figure(len(parts), "What was done (rows) and what was predicted (columns)")
+    for axis, (name, part) in zip(axes, parts, strict=True):
         counts = confusion(result.q[part], records, result.rows[part])
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axis.set(title=f"{name}, {len(part):,} rows", xticks=range(size), yticks=range(size), yticklabels=names)
-        axis.set_xticklabels(names, rotation=60, ha="right")
-        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            color = "white" if shares[row, column] > 0.6 else "black"
-            axis.text(
-                column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8
-            )
+        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        axis.set(title=f"{name}, {len(part):,} rows", yticks=range(len(names)), yticklabels=names)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
+            color = "white" if shares[row, column] > 60 else "black"
+            axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
     return figure
 
 
-def draw_recall_and_calibration(q: dict[str, np.ndarray], records: Records, rows: np.ndarray) -> Figure:
+def draw_recall_and_calibration(q: Arrays, records: Records, rows: np.ndarray) -> Figure:
     """Recall of each action, and how often predictions of some certainty are right, for each of `q` (R, A) by name."""
-    figure, axes = new_figure(1, 2, "Recall of each action, and calibration")
-    action, width = records.arrays["action"][rows].astype(int), 0.8 / len(q)
+    figure, axes = new_figure(2, "Recall of each action, and calibration")
+    action, places, width = records.arrays["action"][rows], np.arange(records.sizes.actions), 0.8 / len(q)
     for i, (name, values) in enumerate(q.items()):
-        counts = confusion(values, records, rows)
-        recall = np.diag(counts) / np.maximum(counts.sum(1), 1)
-        axes[0, 0].bar(np.arange(len(recall)) + (i - (len(q) - 1) / 2) * width, recall, width, label=name)
+        axes[0].bar(places + (i - (len(q) - 1) / 2) * width, recalls(confusion(values, records, rows)), width)
         sure, hit = values.max(1), values.argmax(1) == action
         bins = np.minimum((sure * 15).astype(int), 14)
-        count = np.bincount(bins, minlength=15)
-        some = count >= 20
-        means = [np.bincount(bins, weights=x, minlength=15)[some] / count[some] for x in (sure, hit)]
-        axes[0, 1].plot(*means, marker=".", label=name)
-    axes[0, 0].set(xticks=range(records.sizes.actions), ylabel="recall", ylim=(0, 1.02))
-    axes[0, 0].set_xticklabels(records.action_names, rotation=60, ha="right")
-    axes[0, 1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
-    axes[0, 1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
-    axes[0, 1].legend(fontsize=8)
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
+        parts = [part for part in (bins == k for k in range(15)) if part.sum() >= 20]
+        axes[1].plot([sure[part].mean() for part in parts], [hit[part].mean() for part in parts], ".-", label=name)
+    axes[0].set(ylabel="recall", ylim=(0, 1.02))
+    axes[0].set_xticks(places, records.action_names, rotation=60, ha="right")
+    axes[1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
+    axes[1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
+    axes[1].legend(fontsize=8)
     return figure
 
 
 def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Figure:
     """The latent means of some rows in their two main directions, coloured by strategy and by action."""
     chosen = np.random.default_rng(0).permutation(len(result.rows))[:count]
-    z = torch.from_numpy(result.values["mean"][chosen]).double()
-    centered = z - z.mean(0)
-    _, strength, directions = torch.linalg.svd(centered, full_matrices=False)
-    points = (centered @ directions[:2].T).numpy()
-    share = float(strength[:2].square().sum() / strength.square().sum().clamp_min(1e-12))
-    colours = {"action": (records.arrays["action"], records.action_names)}
-    if records.strategies:
-        colours = {"strategy": (records.arrays["strategy"], records.strategies), **colours}
-    title = f"Latent z in two main directions ({share:.0%} of its variance)"
-    figure, axes = new_figure(1, len(colours), title)
-    for axis, (name, (values, labels)) in zip(axes[0], colours.items(), strict=True):
-        of_row = values[result.rows[chosen]]
+    z = result.values["mean"][chosen].astype(np.float64)
+    _, strength, directions = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    points = (z - z.mean(0)) @ directions[:2].T
+    share = np.square(strength[:2]).sum() / max(np.square(strength).sum(), 1e-12)
+    colours = {"strategy": records.strategies} if records.strategies else {}
+    colours["action"] = records.action_names
+    figure, axes = new_figure(len(colours), f"Latent z in two main directions ({share:.0%} of its variance)")
+    for axis, (name, labels) in zip(axes, colours.items(), strict=True):
         for number, label in enumerate(labels):
-            here = points[of_row == number]
+            here = points[records.arrays[name][result.rows[chosen]] == number]
             axis.scatter(here[:, 0], here[:, -1], s=3, alpha=0.5, color=f"C{number}", label=label)
         axis.set(title=f"by {name}", xlabel="first main direction", ylabel="second main direction")
         axis.legend(fontsize=7, markerscale=4)
@@ -1279,151 +1219,100 @@ def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Fig
 def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: int = 4) -> Figure:
     """Planes of some frames (upper rows), and what the decoder makes of their latent (lower rows)."""
     units = torch.from_numpy(records.units(rows))
-    units = units[torch.linspace(0, len(units) - 1, count).long()]
-    batch = records.batch(units)
-    last = (
-        [int((batch.slot // batch.length == i).sum()) for i in range(count)] if batch.slot is not None else [1] * count
-    )
-    chosen = np.cumsum(last) - 1  # with history: the end of each sequence
-    frames = batch.frames[chosen, : records.sizes.channels].cpu()
-    drawn = model.decoder(model.encoder(batch)[0])[chosen].sigmoid().cpu()
-    names = records.meta.get("channel_names") or [f"plane {c}" for c in range(records.sizes.channels)]
-    height, width = records.sizes.height + 1, records.sizes.width + 1
-    pairs = F.pad(torch.stack((frames, drawn), 1), (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
-    tiles = pairs.permute(0, 1, 3, 2, 4).reshape(2 * count * height, -1)
-    figure = Figure(figsize=(1.1 * len(names) + 0.8, 2.2 * count + 0.6), layout="constrained")
+    batch = records.batch(units[torch.linspace(0, len(units) - 1, count).long()])
+    chosen = torch.linspace(0, len(batch.time) - 1, count).long()  # with history a unit is a sequence of rows
+    frames = batch.frames[:, : records.sizes.channels]
+    pairs = torch.stack((frames, model.decoder(model.encoder(batch)[0]).sigmoid()), 1).cpu()[chosen]
+    pairs = F.pad(pairs, (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
+    _, _, channels, height, width = pairs.shape
+    names = records.meta.get("channel_names") or [f"plane {channel}" for channel in range(channels)]
+    figure = Figure(figsize=(1.1 * channels + 0.8, 2.2 * count + 0.6), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(tiles.numpy(), cmap="magma", vmin=0, vmax=1)
+    axis.imshow(pairs.transpose(2, 3).reshape(2 * count * height, -1).numpy(), cmap="magma", vmin=0, vmax=1)
     axis.set_title("Frames, and what the decoder makes of their z")
-    axis.set_xticks((np.arange(len(names)) + 0.5) * width - 1, names)
+    axis.set_xticks((np.arange(channels) + 0.5) * width - 1, names)
     axis.set_yticks((np.arange(2 * count) + 0.5) * height - 1, ["frame", "decoded"] * count)
     return figure
 
 
-def draw_table(table: list[dict[str, Any]], title: str) -> Figure:
-    """Top-1 accuracy (expected, where that is known) of the model between the baselines and the ceilings."""
-    column = "top1" if math.isnan(table[0]["expected_top1"]) else "expected_top1"
-    kinds = list(dict.fromkeys(row["subset"] for row in table))
-    figure = Figure(figsize=(8.5, 0.5 * len(table) / len(kinds) + 1.6), layout="constrained")
-    axis, names = figure.subplots(), list(dict.fromkeys(row["name"] for row in table))
-    for kind, marker in zip(kinds, "osd^v", strict=False):
-        values = {row["name"]: row[column] for row in table if row["subset"] == kind}
-        shown = [values.get(name, math.nan) for name in names]
-        axis.plot(
-            shown, range(len(names)), marker, label=f"{kind} rows" if kind == "all" else f"rows of {kind} players"
-        )
-    for place, name in enumerate(names):
-        value = next(row[column] for row in table if row["name"] == name and row["subset"] == "all")
-        axis.annotate(
-            f"{value:.3f}", (value, place), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
-        )
-    axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.05), ylim=(-0.6, len(names) - 0.3))
-    axis.set(xlabel=column.replace("_", " ") + " accuracy", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower right")
-    return figure
-
-
 # Main ----------------------------------------------------------------------------------------------------------------
-def check(args: Args) -> Args:
+def check(args: Args) -> None:
     """Check all that can be checked without the data. Raises ValueError with one line."""
-    for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            near = difflib.get_close_matches(str(getattr(args, name)), choices, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
     may_be_zero = {
         "seed", "data_seed", "kl_weight", "kl_warmup", "reconstruction_weight", "reference_steps", "total_timesteps",
     }  # fmt: skip
     for name, value in asdict(args).items():
-        least = 0 if name in may_be_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
-        if isinstance(value, float) and not (
-            math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))
-        ):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number expected")
+        flag, choices = f"--{name.replace('_', '-')} {value}", CHOICES.get(name, (value,))
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
+        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)} expected")
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
-    return args
 
 
-def fingerprint(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    """What tells whether a resumed run still has the dataset that it began with."""
-    hashes = meta.get("sha256", {})
-    return json.dumps([hashes.get("obs"), hashes.get("action"), arrays["obs"].shape, int(arrays["action"].sum())])
-
-
-def same_shape(model: MOA, args: Args, sizes: Sizes, path: str) -> None:
-    """Raise ValueError, with both shapes, if a loaded model does not fit the arguments and the data."""
-    has = (*model.sizes[:5], *(getattr(model.args, name) for name in ("latent_dim", "head_input", "context")))
-    wanted = (*sizes[:5], args.latent_dim, args.head_input, args.context)
+def check_shape(model: MOA, args: Args, sizes: Sizes) -> None:
+    """Raise ValueError, with both shapes, if the model of `--load` does not fit the arguments and the data."""
+    text = "observations {}x{}x{}, {} actions, {} players, --latent-dim {}, --head-input {}, --context {}"
+    has, wanted = (
+        text.format(*shape[:5], own.latent_dim, own.head_input, own.context)
+        for own, shape in ((model.args, model.sizes), (args, sizes))
+    )
     if has != wanted:
-        text = "observations {}x{}x{}, {} actions, {} players, --latent-dim {}, --head-input {}, --context {}"
-        raise ValueError(f"{path} is a model for {text.format(*has)}; this run has {text.format(*wanted)}")
+        raise ValueError(f"{args.load} is a model for {has}; this run has {wanted}")
 
 
-def final_table(
-    result: Evaluation, records: Records, known: dict[str, np.ndarray], args: Args, fit_rows: np.ndarray
-) -> dict[str, np.ndarray]:
+def final_table(result: Evaluation, records: Records, args: Args) -> Arrays:
     """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
-    rows, device = result.rows, records.obs.device
-    predictions = baselines(records, rows)
+    rows, predictions = result.rows, baselines(records, result.rows)
     with torch.random.fork_rng():
         torch.manual_seed(episode_seed(args.seed, 0, stream=3))
-        untrained = MOA(args, records.sizes, device)
-    mean = predict(untrained, records, rows)["mean"]
-    predictions["random encoder + probe"] = probe_action(untrained, records, rows, fit_rows, mean).astype(np.float64)
+        untrained = MOA(replace(args, objective="reconstruction"), records.sizes, records.obs.device)
+    predictions["random encoder + probe"] = evaluate(untrained, records, rows).q
     name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
     predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
-    if known and args.reference_steps:
-        strategy = reference_strategy(records, rows, args)
-        mixed = np.einsum("rk,rka->ra", strategy, records.arrays["policy_probs"][rows].astype(np.float64))
-        predictions["single frame, knows the policies"] = mixed
-    return predictions | {name: values[rows] for name, values in known.items()}
+    if records.ceilings and args.reference_steps:
+        strategy, policies = reference_strategy(records, rows, args), records.arrays["policy_probs"][rows]
+        predictions["single frame, knows the policies"] = np.einsum("rk,rka->ra", strategy, policies.astype(float))
+    return predictions | {name: values[rows] for name, values in records.ceilings.items()}
 
 
-def report(
-    run: "Run", step: int, result: Evaluation, records: Records, known: dict[str, np.ndarray], model: MOA, args: Args,
-    fit_rows: np.ndarray,
-) -> None:  # fmt: skip
-    """Print and write the table of the final evaluation (`table.csv`), the probes (`probes.csv`) and the pictures."""
-    rows = result.rows
-    predictions = final_table(result, records, known, args, fit_rows)
-    own = next(name for name, q in predictions.items() if q is result.q)
-    best = predictions.get("history Bayes")
-    table = [
-        {"name": name, **row} for name, q in predictions.items() for row in score_subsets(q, records, rows, best)
-    ]  # fmt: skip
-    column = "expected_top1" if known else "top1"
-    overall = {row["name"]: row for row in table if row["subset"] == "all"}
+def report(run: "Run", step: int, model: MOA, records: Records) -> None:
+    """Score the model on all held-out games: print and write the table, the probes, the pictures and the videos."""
+    args, rows = model.args, records.rows(2)
+    result = evaluate(model, records, rows)
+    predictions = final_table(result, records, args)
+    table = [{"name": name, **row} for name, q in predictions.items() for row in score_subsets(q, records, rows)]
     for row in table:
-        reference = {other["name"]: other[column] for other in table if other["subset"] == row["subset"]}
-        room = reference["history Bayes"] - reference["majority"] if known else math.nan
-        row["achieved"] = (row[column] - reference["majority"]) / room if known else math.nan
+        value = {other["name"]: other["expected_top1"] for other in table if other["subset"] == row["subset"]}
+        room = value.get("history Bayes", math.nan) - value["majority"]
+        row["achieved"] = (row["expected_top1"] - value["majority"]) / room
     write_csv(run.folder / "table.csv", table)
-    probes = run_probes(model, records, rows, fit_rows)
+    probes = run_probes(model, records, result)
     write_csv(run.folder / "probes.csv", [probes])
+
     print(f"\n{len(rows):,} held-out rows of {len(np.unique(records.arrays['episode'][rows])):,} games")
     columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
-    columns = [name for name in columns if not math.isnan(overall[own][name])]
-    width = max(len(name) for name in overall) + 2
+    columns = [name for name in columns if not math.isnan(table[0][name])]
+    width = max(map(len, predictions)) + 2
     print(" " * width + "".join(f"{name.replace('_', ' ').replace('accuracy', 'acc.'):>15}" for name in columns))
-    for name, row in overall.items():
-        print(name.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
-    for name in ("history Bayes", "oracle"):
-        if name in predictions:
-            gain, error = difference(result.q, predictions[name], records, rows)
-            print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
-            if gain > 2.0 * error + 1e-9:
-                print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
+    for row in table:
+        if row["subset"] == "all":
+            print(row["name"].ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
+    for name in records.ceilings:
+        gain, error = difference(result.q, predictions[name], records, rows)
+        print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
+        if gain > 2.0 * error + 1e-9:
+            print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
     print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
-    shown = {"model": result.q, **{name: predictions[name] for name in ("history Bayes", "oracle") if known}}
+
+    shown = {"model": result.q, **{name: predictions[name] for name in records.ceilings}}
     figures = {
         "vae_loss_curve": draw_losses(run.eval_rows, run.name), "confusion_matrix": draw_confusion(result, records),
         "recall_and_calibration": draw_recall_and_calibration(shown, records, rows),
-        "latent": draw_latent(result, records), "ceilings": draw_table(table, run.name),
+        "latent": draw_latent(result, records),
     }  # fmt: skip
     if "decoder" in model.used:
         figures["reconstructions"] = draw_reconstructions(model, records, rows)
@@ -1433,47 +1322,18 @@ def report(
         run.log_videos(step, record_videos(result, records, run.folder, step))
 
 
-def evaluate_epoch(
-    model: MOA, records: Records, parts: dict[str, np.ndarray], best: np.ndarray | None, train: dict[str, float]
-) -> tuple[dict[str, float], Evaluation]:
-    """Scores of the held-out episodes `parts["test"]`, losses of `parts["validation"]`, and what to write down.
-
-    `best` (N, A) are the best possible predictions, `train` the mean training losses of this epoch.
-    """
-    result = evaluate(model, records, parts["test"], parts["probe"])
-    names = "loss", "policy", "reconstruction", "kl"
-    validation = predict(model, records, parts["validation"])
-    losses = {name: math.nan for name in names} | {"kl": float(validation["kl"].mean())}
-    losses["loss"] = model.args.kl_weight * losses["kl"]  # the final weight of the KL, so that epochs compare
-    if "q" in validation:
-        action = records.arrays["action"][parts["validation"]]
-        losses["policy"] = float(surprise(validation["q"][np.arange(len(action)), action]).mean())
-        losses["loss"] += losses["policy"]
-    if "frame_nll" in validation:
-        losses["reconstruction"] = float(validation["frame_nll"].mean())
-        losses["loss"] += model.args.reconstruction_weight * losses["reconstruction"]
-    metrics = {f"train_{name}": train.get(name, math.nan) for name in names}
-    metrics |= {f"validation_{name}": losses[name] for name in names}
-    for row in score_subsets(result.q, records, result.rows, None if best is None else best[result.rows]):
-        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
-        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
-    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
-    return metrics, result
-
-
 def main(args: Args) -> Path:
     """Pre-train one model, evaluate it, and return its run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     try:
         check(args)
-        arrays, meta = open_dataset(args)
-        records = Records(arrays, meta, args.context, device)
+        records = Records(*open_dataset(args), args.context, device)
         if args.capture_video and not (stag_hunt and records.strategies):
             raise ValueError(f"--capture-video draws games of the stag hunt; {args.env_id} is another one")
         loaded = load_model(args.load) if args.load else None
         if loaded:
-            same_shape(loaded, args, records.sizes, args.load)
+            check_shape(loaded, args, records.sizes)
     except ValueError as error:
         usage_error(str(error))
     run = Run(args)
@@ -1486,16 +1346,12 @@ def main(args: Args) -> Path:
     if loaded:
         model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
     sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
-    parts = {"validation": records.rows(1), "test": records.rows(2, args.eval_episodes)}
-    parts["probe"] = probe_rows(records, args.probe_rows)
-    known = ceilings(records)
-    best = known.get("history Bayes")
     passes = args.total_timesteps / sampler.batches
     print(f"{run.name}: {len(records.rows(0)):,} training rows, {passes:.1f} passes, {sampler.size} units a batch")
-    step, sums, losses = 0, {}, {}
+    step, sums = 0, {}
     if run.checkpoint is not None:
         state = run.checkpoint
-        if state["dataset"] != fingerprint(meta, arrays):
+        if state["dataset"] != records.fingerprint():
             run.close()
             usage_error(f"--resume with another dataset than {run.folder} began with; restore it, or start another run")
         step, sums = state["step"], state["sums"]
@@ -1504,31 +1360,29 @@ def main(args: Args) -> Path:
 
     last = step == args.total_timesteps
     while not last:
-        units = sampler.draw(step)
-        world = records.symmetry.draw(len(units)) if records.symmetry and args.augment else None
-        losses = model.update(records.batch(units, world), step)
-        for name, value in losses.items():  # means over an epoch, without waiting for the device
-            sums[name] = sums.get(name, 0.0) + value
+        losses = model.update(sampler.batch(step, args.augment), step)
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}  # without waiting for the device
         step += 1
 
-        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0 or step == args.total_timesteps
-        saving = step % args.checkpoint_frequency == 0 or evaluating or run.signal
+        last = step == args.total_timesteps
+        evaluating = last or step % args.eval_frequency == 0
+        saving = evaluating or step % args.checkpoint_frequency == 0 or run.signal
         run.progress(step, "")
-        if step % 500 == 0 or saving:
+        if saving or step % 500 == 0:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             speed = run.steps_per_second(step)
             run.log(step, {
-                "charts/SPS": speed, "charts/rows_per_second": speed * args.batch_size,
-                "charts/alpha": model.alpha(step), "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
+                **{f"losses/{name}": value for name, value in losses.items()}, "charts/SPS": speed,
+                "charts/rows_per_second": speed * args.batch_size, "charts/alpha": model.alpha(step),
+                "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
             })  # fmt: skip
         if evaluating:
             epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
             train = {name: float(value) / steps for name, value in sums.items()}
-            metrics, result = evaluate_epoch(model, records, parts, best, train | {"loss": train["total"]})
+            metrics, result = evaluate_epoch(model, records, train | {"loss": train["total"]})
             sums = {}
             run.log_evaluation(step, metrics)
-            write_epoch(run.folder, epoch, result, records, None if best is None else best[result.rows])
+            write_epoch(run.folder, epoch, result, records)
             names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
             print(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
                 f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
@@ -1536,20 +1390,18 @@ def main(args: Args) -> Path:
             if metrics["validation_loss"] <= min(row["validation_loss"] for row in run.eval_rows):
                 save_model(model, run.folder / "best_model.pt")
         if saving:
-            dataset = fingerprint(meta, arrays)
-            run.save_checkpoint(step, {"model": model.state_dict(), "sums": sums, "dataset": dataset})
+            content = {"model": model.state_dict(), "sums": sums, "dataset": records.fingerprint()}
+            run.save_checkpoint(step, content)
             if run.signal and not last:
                 run.stop()
 
     save_model(model, run.folder / "model.pt")
     if not run.eval_rows:  # --total-timesteps 0
-        metrics, _ = evaluate_epoch(model, records, parts, best, {})
-        run.log_evaluation(step, metrics)
+        run.log_evaluation(step, evaluate_epoch(model, records, {})[0])
         save_model(model, run.folder / "best_model.pt")
-    chosen = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
-    result = evaluate(chosen, records, records.rows(2), parts["probe"])
-    report(run, step, result, records, known, chosen, args, parts["probe"])
-    run.save_checkpoint(step, {"model": model.state_dict(), "dataset": fingerprint(meta, arrays)}, finished=True)
+    best = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
+    report(run, step, best, records)
+    run.save_checkpoint(step, {"model": model.state_dict(), "dataset": records.fingerprint()}, finished=True)
     run.close()
     print(f"see {run.folder}")
     return run.folder

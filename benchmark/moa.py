@@ -5,9 +5,10 @@
     python benchmark/moa.py ceilings
 
 `table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names and writes table.csv, table.md, probes.csv,
-curves.csv and a picture of the curves to benchmark/results/pretrain_vae_moa/. `questions` trains models with what a
-public version of this training step had (a softmax before the cross-entropy's own, a mask sliced from the wrong
-columns, scores of training rows), without the checks of the loader, and writes questions.csv and questions.md there.
+curves.csv and pictures of the curves and of the models between the ceilings to benchmark/results/pretrain_vae_moa/.
+`questions` trains models with what a public version of this training step had (a softmax before the cross-entropy's
+own, a mask sliced from the wrong columns, scores of training rows), without the checks of the loader, and writes
+questions.csv and questions.md there.
 `ceilings` plays games of several kinds and writes what can be known about their players to ceilings.md.
 """
 
@@ -201,6 +202,30 @@ def draw_curves(curves: list[dict[str, Any]], ceilings: dict[str, float]) -> Fig
     return figure
 
 
+def draw_ceilings(scores: list[dict[str, Any]]) -> Figure:
+    """Expected accuracy of all models between the baselines and the ceilings, by strategy; means of the seeds."""
+    values: dict[str, dict[str, list[float]]] = {}
+    order = ["majority", "prior + mask", "model", "single frame, knows the policies", *CEILINGS]
+    fewest = min(row["rows"] for row in scores)  # ceilings depend on the games
+    shown = [row for row in scores if row["name"] in order and row["rows"] == fewest]
+    for row in sorted(shown, key=lambda row: order.index(row["name"])):
+        name = row["variant"] if row["name"] == "model" else row["name"]
+        values.setdefault(name, {}).setdefault(row["subset"], []).append(row["expected_top1"])
+    figure = Figure(figsize=(8.5, 0.5 * len(values) + 1.6), layout="constrained")
+    axis = figure.subplots()
+    for kind, marker in (("all", "o"), ("NS", "s"), ("NH", "d")):
+        means = [np.mean(found.get(kind, [math.nan])) for found in values.values()]
+        axis.plot(means, range(len(means)), marker, label="all rows" if kind == "all" else f"rows of {kind} players")
+        for place, mean in enumerate(means if kind == "all" else ()):
+            text = f"{mean:.3f}"
+            axis.annotate(text, (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axis.set(yticks=range(len(values)), yticklabels=list(values), xlim=(0, 1.05), ylim=(-0.6, len(values) - 0.3))
+    axis.set(xlabel="expected top-1 accuracy, held-out games")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
 def table(args: Table) -> None:
     """Write and print the tables of all finished runs."""
     scores, probes, curves = collect(args.runs)
@@ -220,6 +245,7 @@ def table(args: Table) -> None:
     draw_curves([row for row in curves if row["variant"] != "reconstruction"], ceilings).savefig(
         args.results / "curves.png", dpi=120
     )
+    draw_ceilings(scores).savefig(args.results / "ceilings.png", dpi=120)
 
 
 # Questions -----------------------------------------------------------------------------------------------------------
@@ -264,9 +290,7 @@ def train(
     model = kind(args, records.sizes, device)
     sampler = moa.Sampler(records, records.rows(0), args.batch_size, args.seed)
     for step in range(args.total_timesteps):
-        units = sampler.draw(step)
-        world = records.symmetry.draw(len(units)) if args.augment else None
-        losses = model.update(records.batch(units, world), step)
+        losses = model.update(sampler.batch(step, args.augment), step)
         if step % 100 == 0 and not math.isfinite(losses["total"]):
             return model, records, step
     return model, records, args.total_timesteps
@@ -274,7 +298,7 @@ def train(
 
 def examine(model: moa.MOA, records: moa.Records, rows: np.ndarray) -> dict[str, float]:
     """Scores of the model on some rows, and the loss that its training sees there."""
-    result = moa.evaluate(model, records, rows, moa.probe_rows(records, 20_000))
+    result = moa.evaluate(model, records, rows)
     loss = model.policy_loss(torch.from_numpy(result.q).log(), torch.from_numpy(records.arrays["action"][rows]).long())
     scores = moa.score(result.q, records, rows)
     forbidden = ~records.arrays["action_mask"][rows, records.arrays["action"][rows]]
@@ -342,7 +366,7 @@ def ceilings(args: Ceilings) -> None:
         records = moa.Records(data.arrays, data.meta, "1", torch.device("cpu"))
         rows = np.arange(args.rows)
         shares = np.bincount(data.arrays["action"], minlength=records.sizes.actions) / args.rows
-        scores = [moa.score(q, records, rows) for q in moa.ceilings(records).values()]
+        scores = [moa.score(q, records, rows) for q in records.ceilings.values()]
         posterior = stag_hunt.history_posterior(data)
         strategy = (posterior.argmax(1) == data.arrays["strategy"]).mean()
         pairs = [f"{score['expected_top1']:.3f} / {score['nll']:.3f}" for score in scores]

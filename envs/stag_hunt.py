@@ -23,11 +23,14 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageOps
 from gymnasium import spaces
 from gymnasium.utils import seeding
 from pettingzoo import AECEnv, ParallelEnv
@@ -133,6 +136,25 @@ def pieces(size: int) -> np.ndarray:
     for mask, cells in zip(masks, sorted(found), strict=True):
         mask[list(cells)] = True
     return masks
+
+
+def symmetries(size: int, actions: int = NUM_ACTIONS) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 ways to mirror and turn a board: where each cell comes from (8, cells), what actions become (8, actions).
+
+    Other actions than the four moves stay what they are.
+    """
+    cells, becomes = [], []
+    for transposed, mirrored, upside_down in itertools.product((False, True), repeat=3):
+        board, action = np.arange(size * size).reshape(size, size), np.arange(actions)
+        if transposed:
+            board, action[:4] = board.T, np.array([LEFT, RIGHT, UP, DOWN])[action[:4]]
+        if upside_down:
+            board, action[:4] = board[::-1], np.array([DOWN, UP, LEFT, RIGHT])[action[:4]]
+        if mirrored:
+            board, action[:4] = board[:, ::-1], np.array([UP, DOWN, RIGHT, LEFT])[action[:4]]
+        cells.append(board.flatten())
+        becomes.append(action)
+    return np.stack(cells), np.stack(becomes)
 
 
 # Random numbers of a game ---------------------------------------------------------------------------------------------
@@ -793,6 +815,31 @@ def sha256(values: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def make_dataset(arrays: Arrays, meta: dict[str, Any]) -> Dataset:
+    """A checked record of arrays that may have other types than those of `FIELDS`; ValueError as `check_dataset`."""
+    arrays = {name: arrays[name].astype(FIELDS[name][0], copy=False) for name in FIELDS if name in arrays}
+    check_dataset(Dataset(arrays, meta))
+    return Dataset(arrays, meta)
+
+
+def replay(data: Dataset, episode: int, caption: Callable[[int], str]) -> Iterator[np.ndarray]:
+    """Play a recorded game again: the picture (height, width, 3) uint8 before each step of it, as far as it goes.
+
+    Under the board is a line for each living player: the caption of its row (a number from 0 to N - 1).
+    """
+    arrays, game = data.arrays, StagHunt(**data.meta["env_kwargs"], render_mode="rgb_array")
+    game.reset(seed=int(arrays["episode_seed"][episode]))
+    for t in itertools.count():
+        rows = np.flatnonzero((arrays["episode"] == episode) & (arrays["t"] == t))
+        if not game.agents or len(rows) < len(game.agents):
+            return
+        below, text = 16 * (game.config.n_players + 1), "\n".join(caption(row) for row in rows)
+        picture = PIL.ImageOps.expand(PIL.Image.fromarray(game.render()), (0, 0, 0, below), "white")
+        PIL.ImageDraw.Draw(picture).multiline_text((10, picture.height - below + 6), text, "black", spacing=3)
+        yield np.asarray(picture)
+        game.step({f"player_{arrays['agent'][row]}": arrays["action"][row] for row in rows})
+
+
 def save_dataset(path: Path, data: Dataset) -> None:
     """Write a record: to a temporary file first, so that there is never half a record under this name."""
     hashes = {name: sha256(values) for name, values in data.arrays.items()}
@@ -932,3 +979,13 @@ def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws
             outcomes[tuple(sorted(game.get_state()["stags"].tolist()))] += 1
         shares[row] = max(outcomes.values()) / draws
     return shares
+
+
+def ceilings(data: Dataset) -> dict[str, np.ndarray]:
+    """Predictions (N, A) by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
+
+    Nobody who sees the whole game can do better than the first, nobody at all better than the second.
+    """
+    policies, rows = data.arrays["policy_probs"].astype(np.float64), np.arange(len(data.arrays["strategy"]))
+    mixed = np.einsum("rk,rka->ra", history_posterior(data), policies)
+    return {"history Bayes": mixed, "oracle": policies[rows, data.arrays["strategy"]]}

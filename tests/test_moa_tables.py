@@ -73,8 +73,23 @@ def test_runs_become_tables(runs, tmp_path, capsys):
     ]
     assert tables.spread(values) in text
     assert len(read(tmp_path / "results" / "curves.csv")) == 6 and len(read(tmp_path / "results" / "probes.csv")) == 3
-    pixels = np.asarray(Image.open(tmp_path / "results" / "curves.png").convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    for name in ("curves", "ceilings"):
+        pixels = np.asarray(Image.open(tmp_path / "results" / f"{name}.png").convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_picture_of_the_ceilings_shows_means_of_the_seeds():
+    own = {"variant": "moa-z", "environment": "4p5b8x8", "rows": 9}
+    values = (("oracle", 0.9, 0.9), ("model", 0.7, 0.8), ("majority", 0.3, 0.3), ("random encoder + probe", 0.5, 0.5))
+    scores = [
+        {**own, "name": name, "subset": subset, "seed": seed, "expected_top1": value}
+        for name, *pair in values for seed, value in enumerate(pair) for subset in ("all", "NS")
+    ]  # fmt: skip
+    scores.append({**scores[0], "rows": 10, "expected_top1": 0.1})  # other games
+    (axis,) = tables.draw_ceilings(scores).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["majority", "moa-z", "oracle"]
+    assert [text.get_text() for text in axis.texts] == ["0.300", "0.750", "0.900"]
+    assert axis.lines[1].get_xdata() == pytest.approx([0.3, 0.75, 0.9]) and np.isnan(axis.lines[2].get_xdata()).all()
 
 
 def test_ceilings(tmp_path, capsys):

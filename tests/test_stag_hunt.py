@@ -28,6 +28,7 @@ from envs.stag_hunt import (  # noqa: E402
     NUM_ACTIONS,
     RIGHT,
     STAY,
+    STEPS,
     UP,
     Config,
     Dataset,
@@ -38,8 +39,11 @@ from envs.stag_hunt import (  # noqa: E402
     commonest_shares,
     history_posterior,
     load_dataset,
+    make_dataset,
+    replay,
     rosters,
     save_dataset,
+    symmetries,
 )
 
 GONE = 64
@@ -632,3 +636,42 @@ def test_the_vectorised_game_is_fast():
             games.step(games.sample(np.take_along_axis(probabilities, roster, 2)[:, :, 0]), legal)
         rates.append(steps / (time.process_time() - start))
     assert max(rates) > 50_000
+
+
+def test_a_record_is_played_again():
+    data = collect(200, Config(size=4), max_cycles=7, seed=3)
+    arrays, last = data.arrays, len(data.arrays["split"]) - 1
+    seen = {0: [], last: []}
+    pictures = list(replay(data, 0, lambda row: seen[0].append(row) or f"row {row}"))
+    assert sorted(seen[0]) == np.flatnonzero(arrays["episode"] == 0).tolist()
+    assert len(pictures) == arrays["t"][arrays["episode"] == 0].max() + 1
+    boards, captions = np.split(np.stack(pictures), [-16 * 5], axis=1)
+    env = StagHunt(**data.meta["env_kwargs"], render_mode="rgb_array")
+    env.reset(seed=int(arrays["episode_seed"][0]))
+    assert np.array_equal(boards[0], env.render()) and not np.array_equal(boards[0], boards[-1])
+    assert all(0 < (caption < 128).mean() < 0.2 for caption in captions)  # something is written there
+    list(replay(data, last, lambda row: seen[last].append(row) or ""))  # this one is cut
+    assert 0 <= (arrays["episode"] == last).sum() - len(seen[last]) < 4
+
+
+def test_eight_symmetries_make_a_group():
+    cells, becomes = symmetries(3)
+    assert cells[0].tolist() == list(range(9)) and becomes[0].tolist() == list(range(7))
+    assert len(np.unique(cells, axis=0)) == len(np.unique(becomes, axis=0)) == 8
+    assert (becomes[:, 4:] == [4, 5, 6]).all() and (np.sort(becomes, 1) == range(7)).all()
+    pairs = {tuple(cells[i][cells[j]]) for i in range(8) for j in range(8)}
+    assert pairs == {tuple(turn) for turn in cells}
+    for turn, moved in zip(cells, becomes, strict=True):  # a step, then a turn, or the other way round
+        for action, (row, column) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            place = turn.tolist().index(4 + 3 * row + column)
+            assert place == 4 + 3 * STEPS[moved[action]][0] + STEPS[moved[action]][1]
+
+
+def test_arrays_of_other_types_become_a_checked_record():
+    data = collect(200, seed=3)
+    wide = {name: values.astype(np.int64) for name, values in data.arrays.items() if values.dtype != np.float32}
+    made = make_dataset(wide, data.meta)
+    assert all(np.array_equal(values, data.arrays[name]) for name, values in made.arrays.items())
+    assert all(values.dtype == data.arrays[name].dtype for name, values in made.arrays.items())
+    with pytest.raises(ValueError, match="forbidden"):
+        make_dataset({**wide, "action_mask": 1 - wide["action_mask"]}, data.meta)
