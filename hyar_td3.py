@@ -965,11 +965,13 @@ def draw_embedding(history: list[Tensor], names: list[str]) -> Figure:
     directions = torch.linalg.svd(centered.flatten(0, 1), full_matrices=False).Vh
     paths = (centered @ directions[:2].T).numpy()  # (evaluations, K, 2)
     figure, axes = new_figure(1, 1, "Embedding of the discrete actions")
+    figure.set_size_inches(7.0, 4.5)
     for k in range(min(paths.shape[1], 64)):
         x, y = paths[:, k, 0], paths[:, k, -1]
         axes[0, 0].plot(x, y, color=f"C{k % 10}", linewidth=1)
-        axes[0, 0].scatter(x[-1:], y[-1:], color=f"C{k % 10}", s=30)
-        axes[0, 0].annotate(names[k], (x[-1], y[-1]), textcoords="offset points", xytext=(6, 4))
+        axes[0, 0].scatter(x[-1:], y[-1:], color=f"C{k % 10}", s=30, label=f"{k}: {names[k]}")
+        axes[0, 0].annotate(str(k), (x[-1], y[-1]), textcoords="offset points", xytext=(5, 4))
+    figure.legend(loc="outside center right", fontsize=8, ncols=1 + min(paths.shape[1], 64) // 17)
     axes[0, 0].set(xlabel="first main direction", ylabel="second main direction")
     axes[0, 0].margins(0.25)
     return figure
