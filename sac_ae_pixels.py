@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -98,7 +97,7 @@ class Args:
     buffer_size: int | None = None
     """newest transitions (agent steps) to sample from (default: all of the run)"""
     save_replay: bool = False
-    """if toggled, keep all transitions in replay.npz, for plas_pixels.py: as much disk again as the replay memory"""
+    """if toggled, write replay.npz for plas_pixels.py, which takes the replay's size again, of disk and of main memory"""
     learning_starts: int = 1_000
     """agent steps with random actions, after which that many updates are made at once"""
     batch_size: int = 128
@@ -511,42 +510,24 @@ class ReplayBuffer:
         self.values[: len(state["values"])] = state["values"]
         self.origins[: len(state["origins"])] = state["origins"]
 
-    def save_episodes(self, path: Path, action_repeat: int, between: Callable[[], Any]) -> None:
+    def save_episodes(self, path: Path, action_repeat: int) -> None:
         """Write all transitions to an npz file as plas_pixels.py reads them; nothing may have been overwritten.
 
         As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (S, S, 3) and what led to
         it: the action and the reward of the whole action repeat. `is_terminal` is true where the task ended, and not
-        where the time did, or the run. Frames are copied in parts, and `between` is called before each.
+        where the time did, or the run. Needs the memory of all frames at once; raises MemoryError or OSError.
         """
-        values, (first, episode) = self.values[: self.size], self.origins[: self.size].unbind(1)
-        number = torch.arange(self.size)
-        begins = first == number
-        row = number + begins.cumsum(0)  # of each transition: a row more for each episode's first frame
-        count = self.size + int(begins.sum())
-        slots, columns = torch.empty(count, dtype=torch.int64), torch.zeros(count, values.shape[1])
-        slots[row], slots[row[begins] - 1], columns[row] = number, self.slots + episode[begins], values
-        is_first = np.ones(count, bool)
-        is_first[row.numpy()] = False
+        values, (first, episode) = self.values[: self.size].numpy(), self.origins[: self.size].numpy().T
+        starts = np.unique(first)  # each episode's first frame is a row more, before its first transition
+        slots = np.insert(np.arange(self.size), starts, self.slots + episode[starts])
+        values = np.insert(values, starts, 0.0, axis=0)
+        is_first = np.insert(np.zeros(self.size, bool), starts, True)
         columns = {
-            "action": columns[:, :-2].numpy(), "reward": columns[:, -2].numpy(), "is_first": is_first,
-            "is_last": np.roll(is_first, -1), "is_terminal": columns[:, -1].numpy() > 0.0,
-            "action_repeat": np.array(action_repeat), "frame_stack": np.array(self.stack),
+            "image": self.frames.numpy()[slots].transpose(0, 2, 3, 1), "action": values[:, :-2],
+            "reward": values[:, -2], "is_first": is_first, "is_last": np.roll(is_first, -1),
+            "is_terminal": values[:, -1] > 0.0, "action_repeat": action_repeat, "frame_stack": self.stack,
         }  # fmt: skip
-
-        def write(file: BinaryIO) -> None:
-            with zipfile.ZipFile(file, "w") as archive:  # a ZipInfo has no clock: equal runs have equal files
-                for name, column in columns.items():
-                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                        np.lib.format.write_array(entry, column)
-                with archive.open(zipfile.ZipInfo("image.npy"), "w", force_zip64=True) as entry:
-                    shape = count, *self.frames.shape[2:], 3
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(entry, header)
-                    for part in slots.split(1_000):
-                        between()
-                        entry.write(self.frames[part].permute(0, 2, 3, 1).contiguous().numpy())
-
-        write_atomically(path, write)
+        write_atomically(path, lambda file: np.savez(file, **columns))
 
     def close(self, delete: bool = False) -> None:
         """Close the file, or remove it."""
@@ -1127,7 +1108,7 @@ def announce_replay(args: Args) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     about = f"replay memory of {frames:,} frames of {size}x{size}: {3e-9 * size * size * frames:.2f} GB"
-    about += ", and as much for replay.npz" * args.save_replay
+    about += ", and as much for replay.npz (at the end also of main memory)" * args.save_replay
     if needed > free:
         hint = "leave out --save-replay" if args.save_replay else "lower --buffer-size or --image-size"
         raise ValueError(f"{about}, but {folder} has {1e-9 * free:.2f} GB left; {hint}")
@@ -1301,16 +1282,16 @@ def main(args: Args) -> Path:
 
     save_model(agent, args, run.folder / "model.pt")
     run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, run.name))
-    if args.capture_video:
-        paths = record_videos(agent, args, run.folder, step, lambda: run.signal)
-        if run.signal:
-            run.stop()
-        run.log_videos(step, paths)
-    if args.save_replay and not (run.folder / "replay.npz").exists():
+    paths = record_videos(agent, args, run.folder, step, lambda: run.signal) if args.capture_video else []
+    replay = run.folder / "replay.npz"
+    if args.save_replay and not run.signal and not replay.exists():
         try:
-            buffer.save_episodes(run.folder / "replay.npz", repeat, lambda: run.signal and run.stop())
-        except OSError as error:
-            run.fail(f"step {step}: cannot write {run.folder / 'replay.npz'}: {error.strerror or error}")
+            buffer.save_episodes(replay, repeat)
+        except (OSError, MemoryError) as error:
+            run.fail(f"step {step}: cannot write {replay}: {error}")
+    if run.signal:
+        run.stop()
+    run.log_videos(step, paths)
     run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
     buffer.close(delete=True)
     run.close()

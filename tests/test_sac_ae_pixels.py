@@ -879,9 +879,7 @@ def test_a_saved_replay_holds_every_transition_with_its_stacks(stack, unfinished
         else:
             buffer.add(np.float32([number, -number]), number / 2, False, frame_of(number))
     buffer.values[:, :-2] /= 20_000.0  # actions are in [-1, 1]
-    parts = []
-    buffer.save_episodes(tmp_path / "replay.npz", 4, lambda: parts.append(0))
-    assert len(parts) == 2  # of a thousand frames
+    buffer.save_episodes(tmp_path / "replay.npz", 4)
     dataset = as_dataset(tmp_path / "replay.npz", 4, stack, 2, 4)
     batch, held = dataset.batch(torch.arange(buffer.size)), buffer.gather(torch.arange(buffer.size), CPU)
     assert len(dataset.rows) == buffer.size == sum(lengths) + unfinished
@@ -957,14 +955,15 @@ def test_the_disk_must_hold_the_saved_replay_too(tmp_path, capsys, monkeypatch):
     sac_ae_pixels.announce_replay(resolve(tiny(tmp_path)))
 
 
-def test_a_disk_that_is_full_at_the_end_is_an_error_and_not_a_crash(tmp_path, no_pictures, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("Unable to allocate 9 GiB")])
+def test_too_little_room_at_the_end_is_an_error_and_not_a_crash(error, tmp_path, no_pictures, capsys, monkeypatch):
+    def full(*_, **__):
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        patch.setattr(np.lib.format, "write_array", full)
         assert exit_status(tiny(tmp_path, save_replay=True)) == 1
-    assert_one_line(capsys, "cannot write", "replay.npz", "No space left")
+    assert_one_line(capsys, "cannot write", "replay.npz", error.args[-1])
     assert exit_status(tiny(tmp_path, save_replay=True, resume=True)) == 0
     assert len(as_dataset(tmp_path / "run" / "replay.npz", 16, 3, 2, 2).rows) == 75
 
@@ -1224,7 +1223,7 @@ KILLS = STOPS | {
     "when the frames are removed": lambda act: at_call(act, ReplayBuffer, "close", 1),
 }
 REPLAY_STOPS = {
-    "while the replay is written": lambda act: at_call(act, np.lib.format, "write_array_header_1_0", 1),
+    "while the replay is written": lambda act: at_call(act, np.lib.format, "write_array", 4),
     "before the replay is renamed": lambda act: at_call(act, os, "replace", 1, goes_to_replay),
     "after the replay was renamed": lambda act: at_call(act, os, "replace", 1, goes_to_replay, after=True),
 }
@@ -1284,13 +1283,19 @@ def test_a_terminated_run_saves_and_goes_on(where, references, tmp_path, no_pict
     assert not differences(outcome(tmp_path / "run"), references["whole"])
 
 
-def test_a_terminated_run_writes_its_replay_when_it_goes_on(references, tmp_path, no_pictures, capsys):
+@pytest.mark.parametrize("where", ["when the last step is done", "while the replay is written"])
+def test_a_run_that_is_terminated_at_its_end_has_its_replay_when_it_goes_on(
+    where, references, tmp_path, no_pictures, capsys
+):
+    """A signal that comes before the writing prevents it, and one that comes during the writing waits for its end."""
+
     def start() -> int:
-        REPLAY_STOPS["while the replay is written"](terminate_self)
+        KILLS[where](terminate_self)
         return exit_status(tiny(tmp_path, save_replay=True))
 
     assert in_a_fork(start) == 143
-    assert not (tmp_path / "run" / "replay.npz").exists() and (tmp_path / "run" / "frames.bin").exists()
+    assert (tmp_path / "run" / "replay.npz").exists() == (where in REPLAY_STOPS)
+    assert (tmp_path / "run" / "frames.bin").exists()
     assert exit_status(tiny(tmp_path, save_replay=True, resume=True)) == 0
     assert not differences(outcome(tmp_path / "run"), references["replay"])
 
