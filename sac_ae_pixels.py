@@ -16,7 +16,6 @@ Docs: docs/sac_ae_pixels.md
 import contextlib
 import copy
 import ctypes
-import difflib
 import importlib.metadata
 import json
 import math
@@ -41,7 +40,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -155,11 +153,6 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" holds 
 INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
 
 
-def short_id(env_id: str) -> str:
-    """`cartpole-swingup` for `dm_control/cartpole-swingup-v0`; other ids as they are."""
-    return env_id.removeprefix("dm_control/").removesuffix("-v0") if env_id.startswith("dm_control/") else env_id
-
-
 def choose_opengl() -> str | None:
     """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
 
@@ -188,8 +181,7 @@ class PixelEnv(gym.Wrapper):
         super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
         self.args, self.box, self.camera = args, env.action_space, (None, None)
         if not (isinstance(self.box, gym.spaces.Box) and self.box.is_bounded() and math.prod(self.box.shape)):
-            expected = "sac_ae_pixels needs a Box action space, bounded and not empty"
-            raise ValueError(f"{expected}; {args.env_id} has {self.box}")
+            raise ValueError(f"sac_ae_pixels needs a Box action space with bounds; {args.env_id} has {self.box}")
         self.action_dim, size = math.prod(self.box.shape), args.image_size
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,))
         self.observation_space = gym.spaces.Box(0, 255, (3 * args.frame_stack, size, size), np.uint8)
@@ -256,9 +248,8 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
     try:
         env = gym.make(env_id, render_mode="rgb_array", **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = [short_id(name) for name in difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
-        raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
+        hint = "ids look like cartpole-swingup or package:Name-v0"
+        raise ValueError(f"unknown environment {args.env_id} ({error}); {hint}") from None
     except Exception as error:  # whatever a third party's environment raises, it is about this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
     pixels = PixelEnv(env, args)
@@ -340,8 +331,7 @@ class Decoder(nn.Module):
         self.fc = nn.Linear(args.feature_dim, filters * self.shape[1] ** 2)
         self.deconvs = nn.ModuleList(nn.ConvTranspose2d(filters, filters, 3) for _ in range(layers - 1))
         # Stride 2 has taken an even image's last row and column: the padding gives them back.
-        padding = 1 - args.image_size % 2
-        self.deconvs.append(nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=padding))
+        self.deconvs.append(nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=1 - args.image_size % 2))
 
     def forward(self, latent: Tensor) -> Tensor:
         """The reconstruction of each latent."""
@@ -506,11 +496,9 @@ class ReplayBuffer:
         }  # fmt: skip
         write_atomically(path, lambda file: np.savez(file, **columns))
 
-    def close(self, delete: bool = False) -> None:
-        """Close the file, or remove it."""
+    def close(self) -> None:
+        """Close the file."""
         os.close(self.file)
-        if delete:
-            self.path.unlink()
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -956,24 +944,22 @@ class Run:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of its own (no pyplot, so no global state), in inches, with its axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(subplot_kw={"title": title})
-
-
 def draw_reconstructions(agent: SACAE, observations: np.ndarray, title: str) -> Figure:
     """The newest frame of each observation (N, C, S, S) above what the autoencoder makes of it."""
-    figure, axes = new_figure(title, 1.5 * len(observations) + 1.0, 3.5)
+    figure = Figure(figsize=(1.5 * len(observations) + 1.0, 3.5), layout="constrained")  # no pyplot, no global state
+    axes = figure.subplots(subplot_kw={"title": title})
     rows, size = (observations[:, -3:] / 255.0, agent.reconstruct(observations)[:, -3:]), observations.shape[-1]
     axes.imshow(np.vstack([np.hstack(row.transpose(0, 2, 3, 1)) for row in rows]), interpolation="nearest")
-    axes.set(xticks=[], yticks=[size / 2, size * 3 / 2], yticklabels=["observation", "reconstruction"])
+    axes.set(yticks=[size / 2, size * 3 / 2], yticklabels=["observation", "reconstruction"])
+    axes.set(xticks=size * np.arange(1, len(observations)) - 0.5, xticklabels=[])
+    axes.grid(axis="x", color="black")  # between the pictures
     return figure
 
 
 def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
     """Evaluation return, with its deviation over episodes, over environment steps."""
-    figure, axes = new_figure(title, 4.8, 4.0)
+    figure = Figure(figsize=(4.8, 4.0), layout="constrained")
+    axes = figure.subplots(subplot_kw={"title": title})
     steps, mean, std = (np.array([row[name] for row in rows]) for name in ("step", "episodic_return", "return_std"))
     axes.plot(steps, mean, marker=".")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
@@ -985,7 +971,7 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def resolve(args: Args) -> Args:
     """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    args.env_id = short_id(args.env_id)
+    args.env_id = re.sub(r"^dm_control/([a-z]\w*-[a-z]\w*)-v0$", r"\1", args.env_id)  # the short form
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(args.env_id, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1030,7 +1016,7 @@ def announce_replay(args: Args) -> None:
     frames, size, folder = sum(replay_sizes(args)), args.image_size, Path(args.runs_dir).absolute()
     gigabytes = 3e-9 * size * size * frames
     about = f"replay memory of {frames:,} frames of {size}x{size}: {gigabytes:.2f} GB"
-    about += ", and as much for replay.npz (at the end also of main memory)" * args.save_replay
+    about += ", and as much for replay.npz" * args.save_replay
     begun = args.run_name and (folder / re.sub("[/:]", "-", args.run_name)).exists()
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     free = 1e-9 * shutil.disk_usage(folder).free
@@ -1165,8 +1151,7 @@ def main(args: Args) -> Path:
             run.log(step, losses)
             run.fail(f"step {step}: the policy's action is {action}; try a smaller learning rate")
         observation, reward, terminated, truncated, _ = env.step(action)
-        agent_step += 1
-        step = agent_step * repeat
+        agent_step, step = agent_step + 1, step + repeat
         if not math.isfinite(reward):  # must not reach the buffer or a checkpoint
             seed = episode_seed(args.seed, episode)
             run.fail(f"step {step}: reward {reward} is not finite, in the episode with reset seed {seed}")
@@ -1198,7 +1183,8 @@ def main(args: Args) -> Path:
         run.stop()
     run.log_videos(step, paths)
     run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
-    buffer.close(delete=True)
+    buffer.close()
+    path.unlink()
     run.close()
     score = run.eval_rows[-1]
     print(f"last evaluation: return {score['episodic_return']:.1f} ± {score['return_std']:.1f}; see {run.folder}")
