@@ -457,12 +457,11 @@ class ReplayBuffer:
     def gather(self, index: Tensor, device: torch.device) -> Batch:
         """Transitions by their number (B,) since the start."""
         row = index % self.slots
-        values, (first, episode) = self.values[row], self.origins[row][:, :, None].unbind(1)
+        values, (first, episode) = self.values[row].to(device), self.origins[row][:, :, None].unbind(1)
         steps = index[:, None] + torch.arange(-self.stack, 1)  # the transitions that the frames were seen after
         slots = torch.where(steps >= first, steps % self.slots, self.slots + episode % (self.slots + 1))
         frames = self.frames.index_select(0, slots.flatten()).view(len(index), -1, *self.frames.shape[2:])
         frames = frames.to(device, memory_format=torch.channels_last)  # (B, 3 (stack + 1), S, S)
-        values = values.to(device)
         return Batch(frames[:, :-3], values[:, :-2], values[:, -2], frames[:, 3:], values[:, -1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -690,12 +689,10 @@ class SACAE:
         return {name: getattr(self, name).state_dict() for name in names} | {"log_alpha": self.log_alpha.detach()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
-        for name, part in state.items():
-            if name == "log_alpha":
-                self.log_alpha.data.copy_(part)
-            else:
-                getattr(self, name).load_state_dict(part)
+        """Restore what `state_dict` gave."""
+        self.log_alpha.data.copy_(state["log_alpha"])
+        for name in state.keys() - {"log_alpha"}:
+            getattr(self, name).load_state_dict(state[name])
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
