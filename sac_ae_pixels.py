@@ -16,7 +16,6 @@ Docs: docs/sac_ae_pixels.md
 import contextlib
 import copy
 import ctypes
-import difflib
 import importlib.metadata
 import json
 import math
@@ -27,10 +26,10 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
+import timeit
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
 
@@ -98,7 +97,7 @@ class Args:
     buffer_size: int | None = None
     """newest transitions (agent steps) to sample from (default: all of the run)"""
     save_replay: bool = False
-    """if toggled, keep all transitions in replay.npz, for plas_pixels.py: as much disk again as the replay memory"""
+    """if toggled, write replay.npz for plas_pixels.py: the frames' size again on the disk and, at the end, in memory"""
     learning_starts: int = 1_000
     """agent steps with random actions, after which that many updates are made at once"""
     batch_size: int = 128
@@ -154,94 +153,78 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" holds 
 INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
 
 
-def short_id(env_id: str) -> str:
-    """`cartpole-swingup` for `dm_control/cartpole-swingup-v0`; other ids as they are."""
-    return env_id.removeprefix("dm_control/").removesuffix("-v0") if env_id.startswith("dm_control/") else env_id
-
-
 def choose_opengl() -> str | None:
-    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there.
+    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
 
     Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
     # Software OpenGL would take all cores for each picture, and fight with the networks for them.
     os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
-        for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        if "MUJOCO_GL" not in os.environ:
             with contextlib.suppress(OSError):
                 ctypes.CDLL(library)
                 os.environ["MUJOCO_GL"] = name
-                return name
-        return None
-    return os.environ.get("MUJOCO_GL", "native")
+    return os.environ.get("MUJOCO_GL")
 
 
 class PixelEnv(gym.Wrapper):
     """An environment as an agent with a camera sees it.
 
-    Observations are frames (3, S, S) uint8, actions (A,) float32 in [-1, 1]; an action is repeated, rewards add up.
+    Observations are the newest frames (3 frame_stack, S, S) uint8, an episode's first one repeated where there are not
+    enough yet; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards add up.
     """
 
-    def __init__(self, env: gym.Env, args: Args, video_size: int = 0) -> None:
-        """Wrap `env`; frames may be drawn up to `video_size` pixels wide. Raises ValueError if actions do not fit."""
+    def __init__(self, env: gym.Env, args: Args) -> None:
+        """Wrap `env`. Raises ValueError if its actions do not fit."""
         super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
-        self.size, self.camera_id, self.video_size = args.image_size, args.camera, max(video_size, args.image_size)
-        self.quality, self.camera = args.render_quality, None
-        box = env.action_space
-        if not isinstance(box, gym.spaces.Box):
-            raise ValueError(f"sac_ae_pixels needs a Box action space, {args.env_id} has {box}")
-        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
-            raise ValueError(f"bounded actions expected, {args.env_id} has {box}; wrap it with finite bounds")
-        self.box, self.action_dim = box, math.prod(box.shape)
-        if self.action_dim == 0:
-            raise ValueError(f"at least one action dimension expected, {args.env_id} has {box}")
+        self.args, self.box, self.camera = args, env.action_space, (None, None)
+        if not (isinstance(self.box, gym.spaces.Box) and self.box.is_bounded() and math.prod(self.box.shape)):
+            raise ValueError(f"sac_ae_pixels needs a Box action space with bounds; {args.env_id} has {self.box}")
+        self.action_dim, size = math.prod(self.box.shape), args.image_size
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,))
-        self.observation_space = gym.spaces.Box(0, 255, (3, self.size, self.size), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (3 * args.frame_stack, size, size), np.uint8)
         # A dm_control task behind shimmy is drawn through dm_control itself: a camera that is kept is faster.
         self.through_dm_control = type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """The first frame of an episode."""
+        """The first observation of an episode."""
         _, info = self.env.reset(seed=seed, options=options)
-        return self.frame(), info
+        self.observation = np.concatenate([self.frame()] * self.args.frame_stack)
+        return self.observation, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Repeat one action (A,) in [-1, 1]."""
         low, high = self.box.low.astype(float), self.box.high.astype(float)
         scaled = low + (high - low) * (action.astype(float).reshape(self.box.shape) + 1.0) / 2.0
-        action = scaled.clip(low, high).astype(self.box.dtype)
-        _, reward, terminated, truncated, info = self.env.step(action)
-        return self.frame(), float(reward), terminated, truncated, info
+        _, reward, terminated, truncated, info = self.env.step(scaled.clip(low, high).astype(self.box.dtype))
+        self.observation = np.concatenate((self.observation[3:], self.frame()))
+        return self.observation, float(reward), terminated, truncated, info
 
     def frame(self) -> np.ndarray:
         """What the camera sees now: (3, S, S) uint8. Raises ValueError if that is no picture."""
-        if self.through_dm_control:
-            image = self.dm_control_frame()
-        else:
-            image = self.env.render()
-            if not (isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3):
-                raise ValueError(f"a picture (height, width, 3) expected from render(), got {type(image).__name__}")
-            if image.shape[:2] != (self.size, self.size):
-                picture = PIL.Image.fromarray(image).resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
-                image = np.asarray(picture)
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
+        image, size = self.dm_control_image() if self.through_dm_control else self.env.render(), self.args.image_size
+        if not (isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3):
+            raise ValueError(f"a picture (height, width, 3) expected of rgb_array, got {type(image).__name__}")
+        picture = PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR)
+        return np.asarray(picture).transpose(2, 0, 1)
 
-    def dm_control_frame(self) -> np.ndarray:
+    def dm_control_image(self) -> np.ndarray:
         """A dm_control task's picture (S, S, 3), valid until the next.
 
         Where OpenGL is software, most of the time goes into the shadow map and into an off-screen buffer that is larger
         than the picture. Both can be changed until the first picture is drawn; the buffer's size changes no pixel.
         """
-        physics = self.unwrapped.physics
-        if self.camera is None or self.camera[0] is not physics:
+        physics, size = self.unwrapped.physics, self.args.image_size
+        if self.camera[0] is not physics:
             from dm_control.mujoco.engine import Camera
 
             visual = physics.model.vis
-            visual.global_.offwidth = visual.global_.offheight = self.video_size
-            if self.quality == "fast":
+            visual.global_.offwidth = visual.global_.offheight = self.unwrapped.render_kwargs.get("width", size)
+            if self.args.render_quality == "fast":
                 visual.quality.shadowsize = min(512, visual.quality.shadowsize)
-            self.camera = physics, Camera(physics, self.size, self.size, self.camera_id)
+            self.camera = physics, Camera(physics, size, size, self.args.camera)
         return self.camera[1].render()
 
 
@@ -250,32 +233,26 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
 
     With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
     """
-    opengl, env_id, video_size, options = choose_opengl(), args.env_id, 256 * video, {}
+    opengl, env_id, size, options = choose_opengl(), args.env_id, max(256 * video, args.image_size), {}
     task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
     if task or env_id.startswith("dm_control/"):
-        if opengl is None:
+        if opengl is None and sys.platform == "linux":
             raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
         try:
-            import shimmy
-        except ImportError as error:
-            raise ValueError(f"{env_id} needs dm_control ({error}); try pip install 'shimmy[dm-control]'") from None
-        except Exception as error:  # a library of OpenGL that is there, but not as it should be
-            raise ValueError(f"{env_id}: no OpenGL ({type(error).__name__}: {error}); {INSTALL_OPENGL}") from None
-        gym.register_envs(shimmy)
+            import shimmy  # noqa: F401  (registers dm_control's tasks)
+        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
+            hint = "try pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else INSTALL_OPENGL
+            raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
         env_id = f"dm_control/{env_id}-v0" if task else env_id
-        size = max(video_size, args.image_size)
         options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
     try:
         env = gym.make(env_id, render_mode="rgb_array", **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = [short_id(name) for name in difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
-        raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
+        hint = "ids look like cartpole-swingup or package:Name-v0"
+        raise ValueError(f"unknown environment {args.env_id} ({error}); {hint}") from None
     except Exception as error:  # whatever a third party's environment raises, it is about this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
-    if env.render_mode != "rgb_array":
-        raise ValueError(f"{args.env_id} cannot be drawn: it has no rgb_array rendering")
-    pixels = PixelEnv(env, args, video_size)
+    pixels = PixelEnv(env, args)
     try:
         pixels.reset(seed=0)
     except Exception as error:
@@ -285,11 +262,6 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
-def smallest_image(num_layers: int) -> int:
-    """The smallest image that so many layers leave at least one pixel of."""
-    return 4 * num_layers - 1
-
-
 def feature_map_size(image_size: int, num_layers: int) -> int:
     """Height and width after the convolutions: the first has stride 2, all have a kernel of 3 and no padding."""
     return (image_size - 3) // 2 + 1 - 2 * (num_layers - 1)
@@ -303,16 +275,13 @@ def initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
-        centre = module.weight.shape[2] // 2
-        with torch.no_grad():
-            nn.init.orthogonal_(module.weight[:, :, centre, centre], nn.init.calculate_gain("relu"))
+        nn.init.orthogonal_(module.weight.data[:, :, 1, 1], nn.init.calculate_gain("relu"))
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, outputs)
-    )
+    layers = nn.Linear(inputs, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
 class Encoder(nn.Module):
@@ -362,8 +331,7 @@ class Decoder(nn.Module):
         self.fc = nn.Linear(args.feature_dim, filters * self.shape[1] ** 2)
         self.deconvs = nn.ModuleList(nn.ConvTranspose2d(filters, filters, 3) for _ in range(layers - 1))
         # Stride 2 has taken an even image's last row and column: the padding gives them back.
-        padding = 1 - args.image_size % 2
-        self.deconvs.append(nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=padding))
+        self.deconvs.append(nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=1 - args.image_size % 2))
 
     def forward(self, latent: Tensor) -> Tensor:
         """The reconstruction of each latent."""
@@ -401,12 +369,11 @@ class Actor(nn.Module):
         self.trunk = mlp(args.feature_dim, args.hidden_dim, 2 * action_dim)
 
     def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled action (B, A), log-probability (B,) and log standard deviation (B, A), of features (B, F)."""
-        return squashed_gaussian(self.trunk(self.encoder.head(features)).float(), noise)
+        """Sampled action (B, A), log-probability (B,) and log standard deviation (B, A), of features (B, F).
 
-    def mean_action(self, features: Tensor) -> Tensor:
-        """The action (B, A) without noise."""
-        return torch.tanh(self.trunk(self.encoder.head(features)).float().chunk(2, 1)[0])
+        Where the noise is 0, the action is the mean's.
+        """
+        return squashed_gaussian(self.trunk(self.encoder.head(features)).float(), noise)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Everything but the tied convolutions, which the actor's loss must never move."""
@@ -490,20 +457,18 @@ class ReplayBuffer:
     def gather(self, index: Tensor, device: torch.device) -> Batch:
         """Transitions by their number (B,) since the start."""
         row = index % self.slots
-        values, (first, episode) = self.values[row], self.origins[row][:, :, None].unbind(1)
+        values, (first, episode) = self.values[row].to(device), self.origins[row][:, :, None].unbind(1)
         steps = index[:, None] + torch.arange(-self.stack, 1)  # the transitions that the frames were seen after
         slots = torch.where(steps >= first, steps % self.slots, self.slots + episode % (self.slots + 1))
         frames = self.frames.index_select(0, slots.flatten()).view(len(index), -1, *self.frames.shape[2:])
         frames = frames.to(device, memory_format=torch.channels_last)  # (B, 3 (stack + 1), S, S)
-        values = values.to(device)
         return Batch(frames[:, :-3], values[:, :-2], values[:, -2], frames[:, 3:], values[:, -1])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the frames, which are on the disk when this returns."""
         os.fsync(self.file)
-        used = min(self.size, self.slots)
-        counters = {name: getattr(self, name) for name in ("size", "first", "episode")}
-        return {**counters, "values": self.values[:used].clone(), "origins": self.origins[:used].clone()}
+        values, origins = (rows[: self.size].clone() for rows in (self.values, self.origins))
+        return {"size": self.size, "first": self.first, "episode": self.episode, "values": values, "origins": origins}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the frames of the file."""
@@ -511,48 +476,28 @@ class ReplayBuffer:
         self.values[: len(state["values"])] = state["values"]
         self.origins[: len(state["origins"])] = state["origins"]
 
-    def save_episodes(self, path: Path, action_repeat: int, between: Callable[[], Any]) -> None:
+    def save_episodes(self, path: Path, action_repeat: int) -> None:
         """Write all transitions to an npz file as plas_pixels.py reads them; nothing may have been overwritten.
 
         As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (S, S, 3) and what led to
         it: the action and the reward of the whole action repeat. `is_terminal` is true where the task ended, and not
-        where the time did, or the run. Frames are copied in parts, and `between` is called before each.
+        where the time did, or the run. Needs the memory of all frames at once; raises MemoryError or OSError.
         """
-        values, (first, episode) = self.values[: self.size], self.origins[: self.size].unbind(1)
-        number = torch.arange(self.size)
-        begins = first == number
-        row = number + begins.cumsum(0)  # of each transition: a row more for each episode's first frame
-        count = self.size + int(begins.sum())
-        slots, columns = torch.empty(count, dtype=torch.int64), torch.zeros(count, values.shape[1])
-        slots[row], slots[row[begins] - 1], columns[row] = number, self.slots + episode[begins], values
-        is_first = np.ones(count, bool)
-        is_first[row.numpy()] = False
+        values, (first, episode) = self.values[: self.size].numpy(), self.origins[: self.size].numpy().T
+        starts = np.unique(first)  # each episode's first frame is a row more, before its first transition
+        slots = np.insert(np.arange(self.size), starts, self.slots + episode[starts])
+        values = np.insert(values, starts, 0.0, axis=0)
+        is_first = np.insert(np.zeros(self.size, bool), starts, True)
         columns = {
-            "action": columns[:, :-2].numpy(), "reward": columns[:, -2].numpy(), "is_first": is_first,
-            "is_last": np.roll(is_first, -1), "is_terminal": columns[:, -1].numpy() > 0.0,
-            "action_repeat": np.array(action_repeat), "frame_stack": np.array(self.stack),
+            "image": self.frames.numpy()[slots].transpose(0, 2, 3, 1), "action": values[:, :-2],
+            "reward": values[:, -2], "is_first": is_first, "is_last": np.roll(is_first, -1),
+            "is_terminal": values[:, -1] > 0.0, "action_repeat": action_repeat, "frame_stack": self.stack,
         }  # fmt: skip
+        write_atomically(path, lambda file: np.savez(file, **columns))
 
-        def write(file: BinaryIO) -> None:
-            with zipfile.ZipFile(file, "w") as archive:  # a ZipInfo has no clock: equal runs have equal files
-                for name, column in columns.items():
-                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                        np.lib.format.write_array(entry, column)
-                with archive.open(zipfile.ZipInfo("image.npy"), "w", force_zip64=True) as entry:
-                    shape = count, *self.frames.shape[2:], 3
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(entry, header)
-                    for part in slots.split(1_000):
-                        between()
-                        entry.write(self.frames[part].permute(0, 2, 3, 1).contiguous().numpy())
-
-        write_atomically(path, write)
-
-    def close(self, delete: bool = False) -> None:
-        """Close the file, or remove it."""
+    def close(self) -> None:
+        """Close the file."""
         os.close(self.file)
-        if delete:
-            self.path.unlink()
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -585,9 +530,8 @@ def random_shift(images: Tensor, pad: int, offsets: Tensor | None = None) -> Ten
     """
     if offsets is None:
         offsets = torch.randint(0, 2 * pad + 1, (len(images), 2), device=images.device)
-    size = images.shape[-1]
-    line = torch.arange(size, device=images.device)
-    index = (line + offsets[:, :, None] - pad).clamp_(0, size - 1)  # (B, 2, S)
+    line = torch.arange(images.shape[-1], device=images.device)
+    index = (line + offsets[:, :, None] - pad).clamp_(0, len(line) - 1)  # (B, 2, S)
     rows = torch.arange(len(images), device=images.device)[:, None, None]
     return images[rows, :, index[:, 0, :, None], index[:, 1, None, :]].permute(0, 3, 1, 2)  # channels last
 
@@ -619,16 +563,15 @@ class SACAE:
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
 
-        def adam(parameters: Any, learning_rate: float, **options: Any) -> torch.optim.Adam:
+        def adam(parameters: Any, learning_rate: float = args.learning_rate, **options: Any) -> torch.optim.Adam:
             return torch.optim.Adam(parameters, learning_rate, fused=True, **options)
 
-        self.actor_optimizer = adam(self.actor.own_parameters(), args.learning_rate)
-        self.critic_optimizer = adam(self.critic.parameters(), args.learning_rate)
+        self.actor_optimizer = adam(self.actor.own_parameters())
+        self.critic_optimizer = adam(self.critic.parameters())
         self.alpha_optimizer = adam([self.log_alpha], args.alpha_learning_rate, betas=(0.5, 0.999))
         # The encoder has two optimizers, each with moments of its own, as in the original code.
-        self.encoder_optimizer = adam(self.critic.encoder.parameters(), args.learning_rate)
-        decay = args.decoder_weight_decay
-        self.decoder_optimizer = adam(self.decoder.parameters(), args.learning_rate, weight_decay=decay)
+        self.encoder_optimizer = adam(self.critic.encoder.parameters())
+        self.decoder_optimizer = adam(self.decoder.parameters(), weight_decay=args.decoder_weight_decay)
         self.encoder_pair = [list(c.encoder.parameters()) for c in (self.target_critic, self.critic)]
         self.q_pair = [[*c.q1.parameters(), *c.q2.parameters()] for c in (self.target_critic, self.critic)]
 
@@ -644,12 +587,11 @@ class SACAE:
     @torch.inference_mode()
     def act(self, observation: np.ndarray, sample: bool = False) -> np.ndarray:
         """Actions (N, A) for observations (N, C, S, S) uint8: the mean's, or sampled ones."""
+        draw = torch.randn if sample else torch.zeros
+        noise = draw(len(observation), self.action_dim, device=self.device)
         with self.precision():
             features = self.critic.encoder.features(self.scale(torch.from_numpy(observation).to(self.device)))
-            if sample:
-                noise = torch.randn(len(observation), self.action_dim, device=self.device)
-                return self.actor(features, noise)[0].cpu().numpy()
-            return self.actor.mean_action(features).cpu().numpy()
+            return self.actor(features, noise)[0].cpu().numpy()
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> Tensor:
@@ -716,14 +658,11 @@ class SACAE:
 
         Actor, its Q functions and autoencoder all see the critic's new convolutions, so that one pass serves them.
         """
-        args = self.args
+        args, images = self.args, (batch.observation, batch.next_observation)
         if args.random_shift:
-            batch = batch._replace(
-                observation=random_shift(batch.observation, args.random_shift),
-                next_observation=random_shift(batch.next_observation, args.random_shift),
-            )
+            images = [random_shift(each, args.random_shift) for each in images]
         noise = noise or self.draw(batch)
-        pixels, following = self.scale(batch.observation), self.scale(batch.next_observation)
+        pixels, following = map(self.scale, images)
         losses = self.update_critic(batch._replace(observation=pixels, next_observation=following), noise.target)
         if actor or args.reconstruction:
             with torch.set_grad_enabled(args.reconstruction), self.precision():
@@ -733,7 +672,7 @@ class SACAE:
         if targets:
             self.update_targets()
         if args.reconstruction:
-            losses |= self.update_reconstruction(features, batch.observation, noise.dither)
+            losses |= self.update_reconstruction(features, images[0], noise.dither)
         return losses
 
     @torch.inference_mode()
@@ -743,43 +682,20 @@ class SACAE:
         with self.precision():
             return (self.decoder(self.critic.encoder(self.scale(pixels))).float() + 0.5).clamp_(0.0, 1.0).cpu().numpy()
 
-    def modules(self) -> dict[str, nn.Module]:
-        """All networks by name."""
-        return {name: getattr(self, name) for name in ("actor", "critic", "target_critic", "decoder")}
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        names = "actor", "critic", "alpha", "encoder", "decoder"
-        return {
-            **{name: module.state_dict() for name, module in self.modules().items()},
-            **{f"{name}_optimizer": getattr(self, f"{name}_optimizer").state_dict() for name in names},
-            "log_alpha": self.log_alpha.detach(),
-        }
+        optimizers = [f"{name}_optimizer" for name in ("actor", "critic", "alpha", "encoder", "decoder")]
+        names = "actor", "critic", "target_critic", "decoder", *optimizers
+        return {name: getattr(self, name).state_dict() for name in names} | {"log_alpha": self.log_alpha.detach()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
-        for name, part in state.items():
-            if name == "log_alpha":
-                self.log_alpha.data.copy_(part)
-            else:
-                getattr(self, name).load_state_dict(part)
+        """Restore what `state_dict` gave."""
+        self.log_alpha.data.copy_(state["log_alpha"])
+        for name in state.keys() - {"log_alpha"}:
+            getattr(self, name).load_state_dict(state[name])
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def stack_frames(stack: np.ndarray | None, frame: np.ndarray, count: int) -> np.ndarray:
-    """The observation (3 count, S, S) after `frame` (3, S, S); an episode's first frame is seen `count` times."""
-    return np.concatenate([frame] * count if stack is None else [stack[3:], frame])
-
-
-def play(agent: SACAE, env: gym.Env, seed: int, count: int) -> Iterator[tuple[np.ndarray, float]]:
-    """One episode without noise: each observation with the reward that came after it."""
-    observation, done = stack_frames(None, env.reset(seed=seed)[0], count), False
-    while not done:
-        frame, reward, terminated, truncated, _ = env.step(agent.act(observation[None])[0])
-        yield observation, float(reward)
-        observation, done = stack_frames(observation, frame, count), terminated or truncated
-
-
 def evaluate(
     agent: SACAE, env: gym.Env, args: Args, stopped: Callable[[], Any] = lambda: False
 ) -> tuple[dict[str, float], np.ndarray] | None:
@@ -790,39 +706,33 @@ def evaluate(
     """
     returns, lengths, seen = [], [], []
     for i in range(args.eval_episodes):
-        rewards = []
-        for observation, reward in play(agent, env, episode_seed(args.seed, i, stream=1), args.frame_stack):
-            rewards.append(reward)
-            if i == 0:
-                seen.append(observation)
+        observation, _ = env.reset(seed=episode_seed(args.seed, i, stream=1))
+        rewards, done = [], False
+        while not done:
             if stopped():
                 return None
+            if i == 0:
+                seen.append(observation)
+            observation, reward, terminated, truncated, _ = env.step(agent.act(observation[None])[0])
+            rewards.append(reward)
+            done = terminated or truncated
         returns.append(sum(rewards))
         lengths.append(len(rewards))
+    metrics = {"episodic_return": np.mean(returns), "return_std": np.std(returns), "episodic_length": np.mean(lengths)}
     shown = np.stack([seen[k] for k in np.linspace(0, len(seen) - 1, 6).astype(int)])
-    return {
-        "episodic_return": float(np.mean(returns)),
-        "return_std": float(np.std(returns)),
-        "episodic_length": float(np.mean(lengths)),
-    }, shown
+    return {name: float(value) for name, value in metrics.items()}, shown
 
 
-def record_videos(
-    agent: SACAE, args: Args, folder: Path, step: int, stopped: Callable[[], Any], episodes: int = 3
-) -> list[Path]:
-    """Write mp4 videos of the first evaluation episodes and return their paths."""
-    pixels = make_env(args, video=True)
-    step_seconds = pixels.unwrapped.control_timestep() if pixels.through_dm_control else 0.0
-    rate = 1.0 / step_seconds if step_seconds else pixels.metadata.get("render_fps", 30)
-    env = gym.wrappers.RecordVideo(
-        pixels, str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}",
-        fps=max(1, round(rate / args.action_repeat)), disable_logger=True,
+def record_videos(agent: SACAE, args: Args, folder: Path, step: int, stopped: Callable[[], Any]) -> list[Path]:
+    """Write mp4 videos of the first three evaluation episodes and return their paths."""
+    env = make_env(args, video=True)
+    fps = 1.0 / env.unwrapped.control_timestep() if env.through_dm_control else env.metadata.get("render_fps", 30)
+    recorder = gym.wrappers.RecordVideo(
+        env, str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}",
+        fps=max(1, round(fps / args.action_repeat)), disable_logger=True,
     )  # fmt: skip
-    for i in range(episodes):
-        for _ in play(agent, env, episode_seed(args.seed, i, stream=1), args.frame_stack):
-            if stopped():
-                break
-    env.close()
+    evaluate(agent, recorder, replace(args, eval_episodes=3), stopped)
+    recorder.close()
     return sorted((folder / "videos").glob(f"step{step}-*.mp4"))
 
 
@@ -1031,50 +941,39 @@ class Run:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-def new_figure(rows: int, columns: int, title: str, size: float = 3.0) -> tuple[Figure, np.ndarray]:
-    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
-    figure = Figure(figsize=(1.2 * size * columns + 0.6, size * rows + 0.5), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def draw_reconstructions(agent: SACAE, observations: np.ndarray, title: str) -> Figure:
     """The newest frame of each observation (N, C, S, S) above what the autoencoder makes of it."""
-    figure, axes = new_figure(2, len(observations), title, size=1.5)
-    rows = observations[:, -3:] / 255.0, agent.reconstruct(observations)[:, -3:]
-    for row, name, images in zip(axes, ("observation", "reconstruction"), rows, strict=True):
-        row[0].set_ylabel(name)
-        for axis, image in zip(row, images, strict=True):
-            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
+    figure = Figure(figsize=(1.5 * len(observations) + 1.0, 3.5), layout="constrained")  # no pyplot, no global state
+    axes = figure.subplots(subplot_kw={"title": title})
+    rows, size = (observations[:, -3:] / 255.0, agent.reconstruct(observations)[:, -3:]), observations.shape[-1]
+    axes.imshow(np.vstack([np.hstack(row.transpose(0, 2, 3, 1)) for row in rows]), interpolation="nearest")
+    axes.set(yticks=[size / 2, size * 3 / 2], yticklabels=["observation", "reconstruction"])
+    axes.set(xticks=size * np.arange(1, len(observations)) - 0.5, xticklabels=[])
+    axes.grid(axis="x", color="black")  # between the pictures
     return figure
 
 
 def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
     """Evaluation return, with its deviation over episodes, over environment steps."""
-    figure, axes = new_figure(1, 1, title, size=3.5)
+    figure = Figure(figsize=(4.8, 4.0), layout="constrained")
+    axes = figure.subplots(subplot_kw={"title": title})
     steps, mean, std = (np.array([row[name] for row in rows]) for name in ("step", "episodic_return", "return_std"))
-    axes[0, 0].plot(steps, mean, marker=".")
-    axes[0, 0].fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
-    axes[0, 0].set(xlabel="environment steps", ylabel="evaluation return")
-    axes[0, 0].grid(alpha=0.3)
+    axes.plot(steps, mean, marker=".")
+    axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
+    axes.set(xlabel="environment steps", ylabel="evaluation return")
+    axes.grid(alpha=0.3)
     return figure
 
 
 # Main ----------------------------------------------------------------------------------------------------------------
 def resolve(args: Args) -> Args:
     """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    args.env_id = short_id(args.env_id)
+    args.env_id = re.sub(r"^dm_control/([a-z]\w*-[a-z]\w*)-v0$", r"\1", args.env_id)  # the short form
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(args.env_id, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    at_least_one = {
-        "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "action_repeat", "image_size",
-        "frame_stack", "buffer_size", "batch_size", "policy_frequency", "target_network_frequency", "feature_dim",
-        "num_layers", "num_filters", "hidden_dim",
-    }  # fmt: skip
     for name, value in asdict(args).items():
-        least = 1 if name in at_least_one else 0
+        least = int(type(value) is int and name not in ("seed", "camera", "learning_starts", "random_shift"))
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
     for name, limit in (("gamma", 1.0), ("tau", 1.0), ("encoder_tau", 1.0), ("random_shift", args.image_size)):
@@ -1082,10 +981,9 @@ def resolve(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
     if args.alpha == 0.0:
         raise ValueError("--alpha 0: a temperature above 0 expected, its logarithm is learnt")
-    least = smallest_image(args.num_layers)
-    if args.image_size < least:
+    if feature_map_size(args.image_size, args.num_layers) < 1:
         size = f"--image-size {args.image_size} is too small for --num-layers {args.num_layers}"
-        raise ValueError(f"{size}: at least {least} pixels expected, or fewer layers")
+        raise ValueError(f"{size}: at least {4 * args.num_layers - 1} pixels expected, or fewer layers")
     steps = agent_steps(args)
     if args.buffer_size is None:
         args.buffer_size = steps
@@ -1093,9 +991,7 @@ def resolve(args: Args) -> Args:
         raise ValueError(f"--save-replay needs all of the run's {steps} transitions; leave out --buffer-size")
     if steps < args.learning_starts:
         flags = f"--total-timesteps {args.total_timesteps} are {steps} agent steps, below --learning-starts"
-        raise ValueError(
-            f"{flags} {args.learning_starts}: nothing would be learnt; raise the first or lower the second"
-        )
+        raise ValueError(f"{flags} {args.learning_starts}: nothing would be learnt; raise that or lower this")
     return args
 
 
@@ -1113,24 +1009,17 @@ def replay_sizes(args: Args) -> tuple[int, int]:
 
 
 def announce_replay(args: Args) -> None:
-    """Say how large the replay memory will be. Raises ValueError if the disk is too small for it."""
-    frames, size = sum(replay_sizes(args)), args.image_size
-    needed = 3 * size * size * frames * 1.01 * (1 + args.save_replay)  # and one frame an episode
-    folder = Path(args.runs_dir).absolute()
-    if args.run_name:  # perhaps a run that is continued: its file is there, or no longer needed
-        present = folder / args.run_name.replace("/", "-").replace(":", "-")
-        files = [present / name for name in ("frames.bin", "replay.npz", "replay.npz.tmp")]
-        needed -= sum(512 * path.stat().st_blocks for path in files if path.exists())
-        if (present / "model.pt").exists() and not files[0].exists():
-            needed = 0
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    about = f"replay memory of {frames:,} frames of {size}x{size}: {3e-9 * size * size * frames:.2f} GB"
+    """Say how large the replay memory will be. Raises ValueError if the disk is too small for a run that is new."""
+    frames, size, folder = sum(replay_sizes(args)), args.image_size, Path(args.runs_dir).absolute()
+    gigabytes = 3e-9 * size * size * frames
+    about = f"replay memory of {frames:,} frames of {size}x{size}: {gigabytes:.2f} GB"
     about += ", and as much for replay.npz" * args.save_replay
-    if needed > free:
-        hint = "leave out --save-replay" if args.save_replay else "lower --buffer-size or --image-size"
-        raise ValueError(f"{about}, but {folder} has {1e-9 * free:.2f} GB left; {hint}")
+    begun = args.run_name and (folder / re.sub("[/:]", "-", args.run_name)).exists()
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    free = 1e-9 * shutil.disk_usage(folder).free
+    if not begun and 1.01 * gigabytes * (1 + args.save_replay) > free:  # an episode has one frame more than steps
+        hint = "lower --buffer-size or --image-size, leave out --save-replay, or choose another --runs-dir"
+        raise ValueError(f"{about}, but {folder} has {free:.2f} GB left; {hint}")
     print(f"{about} on the disk, in the run folder")
 
 
@@ -1139,33 +1028,20 @@ def warn_about_bf16() -> None:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", flags.read_text()):
         return
-    images, kernel = torch.ones(16, 32, 41, 41), torch.ones(32, 32, 3, 3)
 
     def seconds(dtype: torch.dtype) -> float:
-        values = [value.to(dtype, memory_format=torch.channels_last) for value in (images, kernel)]
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            F.conv2d(*values)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        values = [torch.ones(shape, dtype=dtype) for shape in ((16, 32, 41, 41), (32, 32, 3, 3))]
+        return min(timeit.repeat(lambda: F.conv2d(*values), number=1, repeat=4))
 
     slower = seconds(torch.bfloat16) / seconds(torch.float32)
     message = f"this processor has neither AMX nor AVX512-bf16: a convolution takes {slower:.1f} times as long"
     print(f"warning: --bf16: {message} as in float32", file=sys.stderr)
 
 
-def check_finite(run: Run, reward: float, step: int, args: Args, episode: int) -> None:
-    """End the run at a reward that is not finite, before it reaches the buffer or a checkpoint."""
-    if not math.isfinite(reward):
-        seed = episode_seed(args.seed, episode)
-        run.fail(f"step {step}: reward {reward} is not finite, in the episode with reset seed {seed}")
-
-
 def save_model(agent: SACAE, args: Args, path: Path) -> None:
     """Write the weights alone (and the arguments, from which `SACAE` can be built again)."""
-    state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
-    content = {**state, "action_dim": agent.action_dim, "arguments": json.dumps(asdict(args))}
+    content = {name: getattr(agent, name).state_dict() for name in ("actor", "critic", "decoder")}
+    content |= {"action_dim": agent.action_dim, "arguments": json.dumps(asdict(args))}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -1194,16 +1070,20 @@ def main(args: Args) -> Path:
     buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
     recent_returns: deque[float] = deque(maxlen=10)
     losses: dict[str, Tensor] = {}
+    agent_step = episode = updates_due = evaluation_due = 0
+    episode_return, episode_actions = 0.0, []
 
     def start_episode() -> np.ndarray:
-        """The first observation of the current episode, which is also put into the buffer."""
-        frame = env.reset(seed=episode_seed(args.seed, episode))[0]
-        buffer.start_episode(frame)
-        return stack_frames(None, frame, args.frame_stack)
+        """The first observation of the current episode, whose frame is also put into the buffer."""
+        observation, _ = env.reset(seed=episode_seed(args.seed, episode))
+        buffer.start_episode(observation[-3:])
+        return observation
+
+    def crossed(every: int) -> bool:
+        """Whether the last agent step has reached a multiple of so many environment steps."""
+        return step // every > max(step - repeat, 0) // every
 
     if run.checkpoint is None:
-        agent_step = episode = updates_due = evaluation_due = 0
-        episode_return, episode_actions = 0.0, []
         observation = start_episode()
     else:
         state = run.checkpoint
@@ -1213,50 +1093,42 @@ def main(args: Args) -> Path:
         recent_returns.extend(state["recent_returns"])
         agent.load_state_dict(state["agent"])
         buffer.load_state_dict(state["buffer"])
-        frame = env.reset(seed=episode_seed(args.seed, episode))[0]
-        observation = stack_frames(None, frame, args.frame_stack)
+        observation, _ = env.reset(seed=episode_seed(args.seed, episode))
         for action in episode_actions:  # replay the interrupted episode up to here
-            frame = env.step(np.array(action, np.float32))[0]
-            observation = stack_frames(observation, frame, args.frame_stack)
+            observation = env.step(np.array(action, np.float32))[0]
         if not np.array_equal(observation, state["observation"].numpy()):
             print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []
             observation = start_episode()
         run.restore_random_state()
 
-    mean_return = float(np.mean(recent_returns or [math.nan]))
+    step = agent_step * repeat
     while True:
-        step, burst = agent_step * repeat, agent_step == args.learning_starts
+        last, burst = agent_step == last_step, agent_step == args.learning_starts
+        mean_return = float(np.mean(recent_returns or [math.nan]))
+        actor = burst or agent_step % args.policy_frequency == 0
+        targets = burst or agent_step % args.target_network_frequency == 0
         # What this agent step still owes is in the checkpoint: a signal interrupts it, and a resumed run goes on here.
         while updates_due and not run.signal:
-            losses |= agent.update(
-                buffer.sample(args.batch_size, device),
-                actor=burst or agent_step % args.policy_frequency == 0,
-                targets=burst or agent_step % args.target_network_frequency == 0,
-            )
+            updated = agent.update(buffer.sample(args.batch_size, device), actor, targets)
+            losses |= {f"losses/{name}": value for name, value in updated.items()}
             updates_due -= 1
             run.progress(step, f"return {mean_return:.3f}" + f", {updates_due:,} updates to go" * (updates_due > 0))
-        crossed = [step // every > (step - repeat) // every for every in (1_000, args.checkpoint_frequency)]
-        last = agent_step == last_step
-        if agent_step and (crossed[0] or crossed[1] or evaluation_due or last or run.signal):
+        saving = crossed(args.checkpoint_frequency) or last
+        if crossed(1_000) or saving or evaluation_due or run.signal:
+            charts = {"charts/episodic_return": mean_return, "charts/episodes": episode}
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(step, {
-                "charts/episodic_return": mean_return, "charts/episodes": episode,
-                "charts/SPS": run.steps_per_second(step),
-            })  # fmt: skip
-        if evaluation_due and not run.signal:
-            result = evaluate(agent, evaluation_env, args, lambda: run.signal)
-            if result is not None:
-                metrics, shown = result
-                evaluation_due = 0
-                run.log_evaluation(step, metrics)
-                if args.reconstruction:
-                    figure = draw_reconstructions(agent, shown, f"{args.env_id}, step {step:,}")
-                    run.log_figure(step, "reconstruction", figure)
-                if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
-                    save_model(agent, args, run.folder / "best_model.pt")
-        if agent_step and (crossed[1] or last or run.signal):
+            run.log(step, {**losses, **charts, "charts/SPS": run.steps_per_second(step)})
+        if evaluation_due and (result := evaluate(agent, evaluation_env, args, lambda: run.signal)):
+            metrics, shown = result
+            evaluation_due = 0
+            run.log_evaluation(step, metrics)
+            if args.reconstruction:
+                figure = draw_reconstructions(agent, shown, f"{args.env_id}, step {step:,}")
+                run.log_figure(step, "reconstruction", figure)
+            if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
+                save_model(agent, args, run.folder / "best_model.pt")
+        if saving or run.signal:
             run.save_checkpoint(step, {
                 "agent": agent.state_dict(), "buffer": buffer.state_dict(), "agent_step": agent_step,
                 "updates_due": updates_due, "evaluation_due": evaluation_due, "episode": episode,
@@ -1273,46 +1145,43 @@ def main(args: Args) -> Path:
         else:
             action = agent.act(observation[None], sample=True)[0]
         if not np.isfinite(action).all():  # diverged: name the loss, if it shows there already
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+            run.log(step, losses)
             run.fail(f"step {step}: the policy's action is {action}; try a smaller learning rate")
-        frame, reward, terminated, truncated, _ = env.step(action)
-        agent_step += 1
-        step = agent_step * repeat
-        check_finite(run, reward, step, args, episode)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        agent_step, step = agent_step + 1, step + repeat
+        if not math.isfinite(reward):  # must not reach the buffer or a checkpoint
+            seed = episode_seed(args.seed, episode)
+            run.fail(f"step {step}: reward {reward} is not finite, in the episode with reset seed {seed}")
         try:
-            buffer.add(action, reward, terminated, frame)
+            buffer.add(action, reward, terminated, observation[-3:])
             episode_actions.append(action.tolist())
             episode_return += reward
-            observation = stack_frames(observation, frame, args.frame_stack)
             if terminated or truncated:
                 recent_returns.append(episode_return)
-                mean_return = sum(recent_returns) / len(recent_returns)
                 episode, episode_return, episode_actions = episode + 1, 0.0, []
                 observation = start_episode()
         except OSError as error:
             run.fail(f"step {step}: cannot write to {buffer.path}: {error.strerror or error}")
-        if agent_step == args.learning_starts:
-            updates_due = args.learning_starts  # as the original does: all that the random steps would have had
-        elif agent_step > args.learning_starts:
-            updates_due = 1
-        evaluation_due = int(step // args.eval_frequency > (step - repeat) // args.eval_frequency)
-        evaluation_due = int(evaluation_due or agent_step == last_step)
+        if agent_step >= args.learning_starts:  # first, as the original does, all that the random steps would have had
+            updates_due = args.learning_starts if agent_step == args.learning_starts else 1
+        evaluation_due = int(crossed(args.eval_frequency) or agent_step == last_step)
         run.progress(step, f"return {mean_return:.3f}")
 
     save_model(agent, args, run.folder / "model.pt")
     run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, run.name))
-    if args.capture_video:
-        paths = record_videos(agent, args, run.folder, step, lambda: run.signal)
-        if run.signal:
-            run.stop()
-        run.log_videos(step, paths)
-    if args.save_replay and not (run.folder / "replay.npz").exists():
+    paths = record_videos(agent, args, run.folder, step, lambda: run.signal) if args.capture_video else []
+    replay = run.folder / "replay.npz"
+    if args.save_replay and not run.signal and not replay.exists():
         try:
-            buffer.save_episodes(run.folder / "replay.npz", repeat, lambda: run.signal and run.stop())
-        except OSError as error:
-            run.fail(f"step {step}: cannot write {run.folder / 'replay.npz'}: {error.strerror or error}")
+            buffer.save_episodes(replay, repeat)
+        except (OSError, MemoryError) as error:
+            run.fail(f"step {step}: cannot write {replay}: {error}")
+    if run.signal:
+        run.stop()
+    run.log_videos(step, paths)
     run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
-    buffer.close(delete=True)
+    buffer.close()
+    path.unlink()
     run.close()
     score = run.eval_rows[-1]
     print(f"last evaluation: return {score['episodic_return']:.1f} ± {score['return_std']:.1f}; see {run.folder}")
