@@ -91,6 +91,8 @@ class Args:
     """newest transitions that the critics sample from (default: by environment); the VAE samples from all"""
     gamma: float = 0.99
     """the discount factor gamma"""
+    bootstrap_at_limit: bool = True
+    """if toggled off, a time limit ends the value as a terminal state does, as in the original code"""
     tau: float = 0.005
     """target smoothing coefficient"""
     batch_size: int = 128
@@ -1139,7 +1141,8 @@ def main(args: Args) -> Path:
         observation, reward, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x))
         check_finite(run, float(reward), observation, step, args, episode)
         previous, scaled = scaled, agent.scale_observation(observation)
-        buffer.add(previous, latent_action, x, k, scaled, reward, terminated)
+        ended = terminated or (truncated and not args.bootstrap_at_limit)
+        buffer.add(previous, latent_action, x, k, scaled, reward, ended)
         episode_actions.append([float(k), *x.tolist()])
         episode_return += float(reward)
 

@@ -422,12 +422,15 @@ def test_what_the_buffer_holds_is_what_was_played(tmp_path, no_pictures):
     assert np.abs(random_rows[:, 4:11]).max() == 0  # the random phase has no latent actions
 
 
-def test_a_time_limit_is_stored_as_no_end(tmp_path, no_pictures):
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_a_time_limit_is_stored_as_an_end_only_if_it_is_told_so(bootstrap, tmp_path, no_pictures):
     at_training_step(RANDOM_STEPS + 50, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert exit_status(tiny(tmp_path)) == 143
+    assert exit_status(tiny(tmp_path, bootstrap_at_limit=bootstrap)) == 143
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["episode"] == 7 and len(state["rows"]) == RANDOM_STEPS + 50
-    assert not state["rows"][:, -1].any()
+    ends = state["rows"][RANDOM_STEPS:, -1]  # the critics read no row of the random phase
+    assert int(ends.sum()) == (0 if bootstrap else 7)
+    assert not state["rows"][:RANDOM_STEPS, -1].any()
 
 
 def test_unbounded_observations_are_scaled_by_the_random_phase_and_frozen(tmp_path, no_pictures):
