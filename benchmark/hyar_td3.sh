@@ -33,7 +33,8 @@ ablations() { # environment, seeds, arguments
     ablation no-state-loss "$1" "$2" --state-weight 0 "${@:3}"
 }
 
-ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away in seeds 1 and 5?
+ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away?
+ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "1 2 3"
 
