@@ -11,10 +11,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import tyro
+from plot import usage_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,12 +38,6 @@ class Args:
     """exit with status 1 if the mean return is below"""
     average: bool = True
     """if toggled, play the moving average of the policy, by which the best model is chosen"""
-
-
-def usage_error(message: str) -> NoReturn:
-    """Print one line about a user's mistake and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def load_agent(path: Path) -> hyar_td3.HyARTD3:

@@ -20,7 +20,6 @@ table HardGoal-v0 "1 2"
 table Goal-v0 "3 4 5"
 table HardGoal-v0 "3 4 5"
 
-# A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
 ablation() { # name, environment, seeds, arguments
     for seed in $3; do job "hyar_td3-$1__$2__$seed" --env "$2" --seed "$seed" "${@:4}"; done
 }
@@ -35,6 +34,7 @@ ablations() { # environment, seeds, arguments
 
 ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away?
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
+# A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "1 2 3"
 

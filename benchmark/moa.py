@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
+from plot import markdown, usage_error
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,12 +78,6 @@ class Ceilings:
     """the folder to write to"""
 
 
-def usage_error(message: str) -> None:
-    """Print one line about a user's mistake and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with open(path, newline="") as file:
@@ -111,12 +106,6 @@ def spread(values: Iterable[float]) -> str:
     if np.isinf(values).any():
         return "infinite"
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 and values.std() >= 5e-4 else "")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ other runs stays there, so that results can be collected from several machines.
 
 import csv
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from plot import markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]
@@ -43,12 +42,6 @@ class Args:
     """the folder to write to"""
     steps: tuple[int, ...] = (2_000, 10_000)
     """gradient steps at which the table compares"""
-
-
-def usage_error(message: str) -> NoReturn:
-    """Print one line about a user's mistake and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_runs(folder: Path) -> dict[str, list[Row]]:
@@ -98,23 +91,22 @@ def mean_and_std(column: np.ndarray) -> str:
 
 def table(rows: list[Row], steps: tuple[int, ...]) -> str:
     """Mean and standard deviation over seeds, in Markdown."""
-    lines = []
+    parts = []
     for dataset in [name for name in DATASETS if any(row["dataset"] == name for row in rows)]:
         own = [row for row in rows if row["dataset"] == dataset]
         means = {name: np.array([float(row[name]) for row in own]) for name in LEVELS}
         means = {name: np.nanmean(column) for name, column in means.items() if not np.isnan(column).all()}
         levels = [f"{name.removesuffix('_return')} {mean:.2f}" for name, mean in means.items()]
-        lines += [f"Dataset {dataset}. Mean returns: {', '.join(levels)}.", ""]
-        lines += [f"| encoder trained by | steps | seeds | {' | '.join(COLUMNS.values())} |"]
-        lines += ["|" + " --- |" * (3 + len(COLUMNS))]
+        lines = []
         for step in steps:
             for signal in SIGNALS:
                 cells = [values(rows, dataset, signal, step, column) for column in COLUMNS]
                 if len(cells[0]):
                     text = [mean_and_std(c) for c in cells]
-                    lines.append(f"| {signal} | {step:,} | {len(cells[0])} | {' | '.join(text)} |")
-        lines.append("")
-    return "\n".join(lines)
+                    lines.append([signal, f"{step:,}", str(len(cells[0])), *text])
+        header = ["encoder trained by", "steps", "seeds", *COLUMNS.values()]
+        parts.append(f"Dataset {dataset}. Mean returns: {', '.join(levels)}.\n\n{markdown(header, lines)}")
+    return "\n".join(parts)
 
 
 def draw(rows: list[Row], title: str) -> Figure:

@@ -303,8 +303,7 @@ def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
         column = published(script, environment).column
         scores = {seed: score(script, curve, column) for seed, curve in seeds.items()}
         unchanged, end = results.get((environment, ""), {}), max(curve[-1, 0] for curve in seeds.values())
-        same = [curve[curve[:, 0] <= end] for seed, curve in unchanged.items() if seed in seeds]
-        same = [score(script, curve, column) for curve in same]
+        same = [score(script, curve[curve[:, 0] <= end], column) for seed, curve in unchanged.items() if seed in seeds]
         rows.append([
             environment, column, ablation, mean_and_std(scores.values(), decimals),
             mean_and_std(same, decimals) if same else "–", str(len(seeds)),

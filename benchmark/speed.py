@@ -818,8 +818,7 @@ def measure_pretrain_vae_moa(args: Args) -> dict[str, Any]:
         counter, cycles = iter(range(10**9)), args.update_cycles
 
         def draw() -> pretrain_vae_moa.Batch:
-            units = sampler.draw(next(counter))  # noqa: B023  (called in this turn of the loop)
-            return records.batch(units, records.symmetry.draw(len(units)))  # noqa: B023
+            return sampler.batch(next(counter), True)  # noqa: B023  (called in this turn of the loop)
 
         batch = draw()
         with FlopCounterMode(display=False) as flops:

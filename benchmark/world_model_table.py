@@ -10,14 +10,14 @@ folder already holds of other runs stays there.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from plot import markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {  # heading -> where in metrics.json, factor
@@ -48,12 +48,6 @@ class Args:
     """the folder to write to"""
 
 
-def usage_error(message: str) -> NoReturn:
-    """Print one line about a user's mistake and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarray:
     """One number a run; nan where a run has none."""
     found = [run.get(part) if name is None else (run.get(part) or {}).get(name, np.nan) for run in runs]
@@ -62,7 +56,7 @@ def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarra
 
 def table(rows: Runs) -> str:
     """Mean and standard deviation over seeds, in Markdown."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", "|" + " --- |" * (2 + len(COLUMNS))]
+    lines = []
     for row, runs in rows.items():
         cells = []
         for part, name, factor in COLUMNS.values():
@@ -70,14 +64,14 @@ def table(rows: Runs) -> str:
             digits = 6 if factor == 1 and part == "values" and name != "psnr_of_mean" else 3 if factor == 100 else 2
             spread = f" ± {numbers.std():.{digits}f}" if len(numbers) > 1 and part != "limit" else ""
             cells.append("–" if np.isnan(numbers).all() else f"{np.nanmean(numbers):.{digits}f}{spread}")
-        lines.append(f"| {row} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row, str(len(runs)), *cells])
+    return markdown(["row", "seeds", *COLUMNS], lines)
 
 
 def events(rows: Runs) -> str:
     """Share of exact rewards by event, over all seeds' test frames together, in Markdown."""
     names = sorted({name for runs in rows.values() for run in runs for name in run["mode"]["events"]})
-    lines = [f"| row | {' | '.join(names)} |", "|" + " --- |" * (1 + len(names))]
+    lines = []
     for row, runs in rows.items():
         cells = []
         for name in names:
@@ -85,8 +79,8 @@ def events(rows: Runs) -> str:
             frames = sum(event["frames"] for event in found)
             exact = sum(event["exact"] * event["frames"] for event in found)
             cells.append(f"{100 * exact / frames:.2f} % of {frames:,}" if frames else "–")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row, *cells])
+    return markdown(["row", *names], lines)
 
 
 def draw(rows: Runs) -> Figure:
