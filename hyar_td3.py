@@ -169,6 +169,9 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
+UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+
+
 class HybridActionSpace:
     """A `Tuple(Discrete(K), Tuple(Box, ..., Box))` (a Box per action) or `Tuple(Discrete(K), Box)` (one for all).
 
@@ -192,7 +195,7 @@ class HybridActionSpace:
         if len(self.boxes) != self.num_actions or not all(isinstance(box, gym.spaces.Box) for box in self.boxes):
             raise ValueError(f"{expected}, with one Box for each of the {self.num_actions} actions, got {parts[1]}")
         for k, box in enumerate(self.boxes):
-            if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            if not (np.abs([box.low, box.high]) < UNBOUNDED).all():
                 raise ValueError(f"bounded parameters expected, but action {k} has {box}; wrap it with finite bounds")
         self.parameter_dims = [math.prod(box.shape) for box in self.boxes]
         self.parameter_dim = max(self.parameter_dims)
@@ -432,18 +435,19 @@ class HyARTD3:
         """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `resolve`)."""
         self.args, self.device = args, device
         self.actions = HybridActionSpace(env.action_space)
-        names = getattr(env.unwrapped, "action_names", ())
-        self.names = list(names) or [f"action {k}" for k in range(self.actions.num_actions)]  # for the pictures
+        names, count = getattr(env.unwrapped, "action_names", ()), self.actions.num_actions  # for the pictures
+        fits = isinstance(names, list | tuple) and len(names) == count
+        self.names = list(names) if fits else [f"action {k}" for k in range(count)]
         space = env.observation_space
         self.observation_dim = int(np.prod(space.shape))
         self.embedding_dim = args.discrete_latent_dim
         self.latent_dim = args.parameter_latent_dim
         self.latent_action_dim = self.embedding_dim + self.latent_dim
         # The scaling to [-1, 1], by the space's bounds or by the narrower ones that the environment gives as customary.
-        # `fit_observation_scale` replaces what is unbounded, e.g. +-inf or float32's limits.
+        # `fit_observation_scale` replaces what is unbounded.
         low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
         high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
-        self.unbounded = (low < -1e6) | (high > 1e6) | (low == high)
+        self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
         self.center = np.where(self.unbounded, 0.0, (low + high) / 2).astype(np.float32)
         self.scale = np.where(self.unbounded, 1.0, (high - low) / 2).astype(np.float32)
         self.mask = torch.from_numpy(self.actions.mask).to(device)
@@ -640,18 +644,32 @@ class HyARTD3:
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int, average: bool = False) -> dict[str, float]:
+def evaluate(
+    agent: HyARTD3, environments: list[gym.Env], seed: int, average: bool = False,
+    stopped: Callable[[], Any] = lambda: False,
+) -> dict[str, float]:  # fmt: skip
     """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
 
     Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
-    `episodic_return` (mean), `return_std`, `episodic_length` and `success_rate` (nan, if infos hold no `is_success`).
+    `episodic_return` (mean), `return_std`, `episodic_length` and `success_rate` (nan, if infos hold no `is_success`);
+    nothing once `stopped()` is true. Raises ValueError for an observation or a reward that is not finite.
     """
     count = len(environments)
     returns, lengths, successes = np.zeros(count), np.zeros(count), np.full(count, np.nan)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
     active = list(range(count))
+
+    def check(finite: np.ndarray, what: str) -> None:
+        if not finite.all():
+            where = f"the evaluation episode with reset seed {episode_seed(seed, active[finite.argmin()], stream=1)}"
+            raise ValueError(f"{what} is not finite, in {where}")
+
     while active:
-        _, ks, xs = agent.act(agent.scale_observation(np.stack([observations[i] for i in active])), average=average)
+        if stopped():
+            return {}
+        seen = np.stack([observations[i] for i in active])
+        check(np.isfinite(seen).all(1), "an observation")
+        _, ks, xs = agent.act(agent.scale_observation(seen), average=average)
         running = []
         for i, k, x in zip(active, ks.tolist(), xs.numpy(), strict=True):
             action = agent.actions.to_environment(k, x)
@@ -662,6 +680,7 @@ def evaluate(agent: HyARTD3, environments: list[gym.Env], seed: int, average: bo
                 successes[i] = info.get("is_success", np.nan)
             else:
                 running.append(i)
+        check(np.isfinite(returns[active]), "a reward")
         active = running
     return {
         "episodic_return": float(returns.mean()),
@@ -901,15 +920,22 @@ def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]
 
 @torch.no_grad()
 def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Figure]:
-    """Three pictures of the latent action space in one state, `observation` (S,), scaled; at most 6 actions are shown.
+    """Three pictures of the latent action space in one state, `observation` (S,), scaled; 24 parameters at most.
 
     The map of decoded parameters over the two most informative latent dimensions, alternatives sampled from the prior
     and around the policy's z (with a random generator of their own), an interpolation between two latent actions.
     """
     vae, dims, generator = agent.vae, agent.actions.parameter_dims, torch.Generator().manual_seed(0)
-    shown = [k for k in range(agent.actions.num_actions) if dims[k] > 0][:6]
-    panels = [(k, p) for k in shown for p in range(dims[k])]
+    panels = [(k, p) for k in range(agent.actions.num_actions) for p in range(dims[k])][:24]
+    shown = sorted({k for k, _ in panels})
     titles = [f"{agent.names[k]}, parameter {p}" for k, p in panels]
+
+    def panel_figure(title: str) -> tuple[Figure, np.ndarray]:
+        """A figure with axes (N,) for the N panels, 6 in a row."""
+        figure, axes = new_figure(-(-len(panels) // 6), min(6, len(panels)), title)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        return figure, axes.flat[: len(panels)]
 
     def decode(k: Tensor | int, z: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters (N, P) and state changes (N, S) of actions k with the policy's z (N, d2)."""
@@ -921,22 +947,22 @@ def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Fi
     first, second = ranked[0], ranked[min(1, len(ranked) - 1)]
     grid, z = torch.linspace(-1.0, 1.0, 41), torch.zeros(41 * 41, agent.latent_dim)
     z[:, second], z[:, first] = grid.repeat_interleave(41), grid.repeat(41)
-    latent_map, axes = new_figure(1, len(panels), "Latent action map: decoded parameter, other dimensions of z at 0")
-    for axis, (k, p), title in zip(axes[0], panels, titles, strict=True):
+    latent_map, axes = panel_figure("Latent action map: decoded parameter, other dimensions of z at 0")
+    for axis, (k, p), title in zip(axes, panels, titles, strict=True):
         values = decode(k, z)[0][:, p].reshape(41, 41)
         image = axis.imshow(values, cmap="coolwarm", origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1)
         axis.set(title=title, xlabel=f"z[{first}]", ylabel=f"z[{second}]")
-    latent_map.colorbar(image, ax=axes, label="parameter in [-1, 1]")
+    latent_map.colorbar(image, ax=list(axes), label="parameter in [-1, 1]")
 
-    alternatives, axes = new_figure(1, len(panels), "Parameters decoded from the prior and from around the policy's z")
+    alternatives, axes = panel_figure("Parameters decoded from the prior and from around the policy's z")
     own = agent.act(observation[None])[0][0, agent.embedding_dim :]
     near = (own + 0.1 * torch.randn(500, agent.latent_dim, generator=generator)).clamp(-1.0, 1.0)
     prior = vae.to_policy(torch.randn(500, agent.latent_dim, generator=generator).to(agent.device))
-    for axis, (k, p), title in zip(axes[0], panels, titles, strict=True):
+    for axis, (k, p), title in zip(axes, panels, titles, strict=True):
         for name, samples in (("prior", prior), ("policy's z + N(0, 0.1)", near)):
             axis.hist(decode(k, samples)[0][:, p].numpy(), np.linspace(-1, 1, 41), alpha=0.6, label=name)
         axis.set(title=title, xlabel="parameter in [-1, 1]", ylabel="samples of 500")
-    axes[0, 0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
 
     table, share = vae.discrete_embedding().cpu(), torch.linspace(0.0, 1.0, 101)[:, None]
     ends = [torch.cat((table[k], torch.full((agent.latent_dim,), z))) for k, z in ((shown[0], -1.0), (shown[-1], 1.0))]
@@ -1011,7 +1037,7 @@ def resolve(args: Args, env: gym.Env) -> Args:
         least = 1 if name in at_least_one else 0
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
-    for name, limit in (("gamma", 1.0), ("tau", 1.0), ("latent_range_tail", 0.49)):
+    for name, limit in (("gamma", 1.0), ("tau", 1.0), ("policy_average", 1.0), ("latent_range_tail", 0.49)):
         if getattr(args, name) > limit:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
     if args.total_timesteps < args.learning_starts:
@@ -1052,9 +1078,9 @@ def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBu
             check_finite(run, float(reward), observation, 0, args, episode)
             transitions.append((before, x, k, observation.copy(), reward, terminated))
             done = terminated or truncated
+            if run.signal:
+                run.stop()
         run.progress(0, f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}")
-        if run.signal:
-            run.stop()
     before, x, k, after, reward, terminated = (np.array(column) for column in zip(*transitions, strict=True))
     agent.fit_observation_scale(before)
     buffer = ReplayBuffer(len(transitions) + args.total_timesteps, *agent.row_sizes())
@@ -1093,7 +1119,26 @@ def main(args: Args) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent = HyARTD3(args, env, device)
     evaluation_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-    recent_returns: deque[float] = deque(maxlen=100)
+    recent: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
+
+    def evaluate_policies() -> bool:
+        """Evaluate the actor and its average at this step, and keep the best model; False if a signal came first."""
+        try:
+            actor, averaged = (
+                evaluate(agent, evaluation_envs, args.seed, average, lambda: run.signal) for average in (False, True)
+            )
+        except ValueError as error:
+            run.fail(f"step {step}: {error}")
+        if not averaged:
+            return False
+        run.log_evaluation(step, {
+            **actor, **{f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
+        })  # fmt: skip
+        if args.discrete_embedding == "learned":
+            embedding_history.append(agent.vae.discrete_embedding().detach().cpu().clone())
+        if averaged["episodic_return"] >= max(row["average_episodic_return"] for row in run.eval_rows):
+            save_model(agent, args, run.folder / "best_model.pt")
+        return True
 
     if run.checkpoint is None:
         buffer = random_phase(agent, env, args, run)
@@ -1106,16 +1151,17 @@ def main(args: Args) -> Path:
                 run.progress(0, f"VAE pre-training, update {update:,}, loss {losses['vae']:.4f}")
         run.log(0, {f"losses/{name}": value for name, value in losses.items()})
         agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
-        step = episode = updates_due = 0
+        step = episode = updates_due = evaluation_due = 0
         episode_return, episode_actions = 0.0, []
         embedding_history = [agent.initial_embedding.cpu(), agent.vae.discrete_embedding().detach().cpu().clone()]
         observation = reset_episode(env, args, episode, run, step)
     else:
         state = run.checkpoint
-        step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
+        step, episode = state["step"], state["episode"]
+        updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
         episode_return, episode_actions = state["episode_return"], state["episode_actions"]
         embedding_history = state["embedding_history"]
-        recent_returns.extend(state["recent_returns"])
+        recent.extend(state["recent"])
         agent.load_state_dict(state["agent"])
         buffer = ReplayBuffer(args.total_timesteps + state["random_size"], *agent.row_sizes())
         buffer.size, buffer.random_size = len(state["rows"]), state["random_size"]
@@ -1128,9 +1174,11 @@ def main(args: Args) -> Path:
             episode, episode_return, episode_actions = episode + 1, 0.0, []
             observation = reset_episode(env, args, episode, run, step)
         run.restore_random_state()
+        if evaluation_due and not evaluate_policies():
+            run.stop()  # it is still due in the checkpoint
 
     scaled, losses = agent.scale_observation(observation), {}
-    mean_return = float(np.mean(recent_returns or [math.nan]))
+    mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
     for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
         decay = min(1.0, episode / args.exploration_noise_episodes)
         noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
@@ -1155,8 +1203,8 @@ def main(args: Args) -> Path:
                 updates_due -= args.policy_frequency
 
         if terminated or truncated:
-            recent_returns.append(episode_return)
-            mean_return = sum(recent_returns) / len(recent_returns)
+            recent.append((episode_return, len(episode_actions)))
+            mean_return, mean_length = np.mean(recent, 0)
             episode += 1
             if episode >= args.vae_update_start and episode % args.vae_update_episodes == 0:
                 batch = buffer.sample(0, args.vae_batch_size, device)
@@ -1172,27 +1220,20 @@ def main(args: Args) -> Path:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()} | agent.statistics())
             run.log(step, {
-                "charts/episodic_return": mean_return, "charts/episodes": episode,
-                "charts/SPS": run.steps_per_second(step), "charts/exploration_noise": noise,
+                "charts/episodic_return": mean_return, "charts/episodic_length": mean_length,
+                "charts/episodes": episode, "charts/SPS": run.steps_per_second(step),
+                "charts/exploration_noise": noise,
             })  # fmt: skip
-        if evaluating or last:
-            metrics = evaluate(agent, evaluation_envs, args.seed)
-            averaged = evaluate(agent, evaluation_envs, args.seed, average=True)
-            metrics |= {f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
-            run.log_evaluation(step, metrics)
-            embedding_history.append(agent.vae.discrete_embedding().detach().cpu().clone())
-            if metrics["average_episodic_return"] >= max(row["average_episodic_return"] for row in run.eval_rows):
-                save_model(agent, args, run.folder / "best_model.pt")
+        evaluation_due = (evaluating or last) and not evaluate_policies()
         if step % args.checkpoint_frequency == 0 or last or run.signal:
             run.save_checkpoint(step, {
                 "agent": agent.state_dict(), "random_size": buffer.random_size,
                 "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
                 "episode": episode, "episode_actions": episode_actions, "episode_return": episode_return,
                 "observation": torch.from_numpy(observation.copy()), "updates_due": updates_due,
-                "recent_returns": list(recent_returns),
-                "embedding_history": embedding_history,
+                "evaluation_due": evaluation_due, "recent": list(recent), "embedding_history": embedding_history,
             })  # fmt: skip
-            if run.signal and not last:
+            if run.signal and (evaluation_due or not last):
                 run.stop()
 
     save_model(agent, args, run.folder / "model.pt")

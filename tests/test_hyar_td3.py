@@ -51,14 +51,16 @@ class ToyEnv(gym.Env):
     seeds: ClassVar[list[int]] = []  # reset seeds of the training environment
     actions: ClassVar[list] = []  # what the training environment was given
 
-    def __init__(self, length=2, truncate=False, unbounded=False, repeatable=True, break_at=None, render_mode=None):
+    def __init__(
+        self, length=2, truncate=False, unbounded=False, repeatable=True, break_at=None, breaks=0, render_mode=None
+    ):
         bound = np.array([1, np.inf if unbounded else 1, 1, 1], np.float32)
         self.observation_space = Box(-bound, bound)
         self.action_space = Tuple((
             Discrete(2), Tuple((Box(0, 10, (1,)), Box(np.float32([-1, -2]), np.float32([1, 2]))))
         ))  # fmt: skip
         self.length, self.truncate, self.unbounded, self.repeatable = length, truncate, unbounded, repeatable
-        self.render_mode, self.break_at = render_mode, break_at
+        self.render_mode, self.break_at, self.breaks = render_mode, break_at, breaks  # `breaks`: which instance
         self.number, self.total = ToyEnv.made, 0
         ToyEnv.made += 1
 
@@ -98,7 +100,7 @@ class ToyEnv(gym.Env):
         self.taken, self.last = self.taken + 1, float(self.last + x) / 2
         self.draw()
         observation, over = self.observe(), self.taken == self.length
-        if self.break_at and self.number == 0 and self.total == self.break_at[1]:
+        if self.break_at and self.number == self.breaks and self.total == self.break_at[1]:
             if self.break_at[0] == "reward":
                 reward = self.break_at[2]
             elif self.break_at[0] == "observation":
@@ -1337,6 +1339,28 @@ def test_a_stopped_run_ends_as_if_never_stopped(number, step, reference, tmp_pat
     assert not differences(outcome(tmp_path / "run"), reference)
 
 
+@pytest.mark.parametrize(("call", "step", "evaluations"), [(3, 40, 0), (10, 40, 0), (31, 120, 2), (45, 150, 3)])
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(
+    call, step, evaluations, reference, tmp_path, no_pictures
+):
+    """An evaluation is 7 steps of the actor and 7 of its average; that of the resumed run is interrupted, too."""
+    for resume, last in ((False, call), (True, 3)):
+        calls = []
+
+        def hook(env: ToyEnv, calls: list = calls, last: int = last) -> None:
+            calls.extend([env.taken] * (env.number == 1))
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        ToyEnv.made, ToyEnv.hook = 0, hook
+        assert exit_status(tiny(tmp_path, resume=resume)) == 143
+        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        assert (state["evaluation_due"], state["step"], len(state["eval_rows"])) == (True, step, evaluations)
+    ToyEnv.made, ToyEnv.hook = 0, None
+    assert exit_status(tiny(tmp_path, resume=True)) == 0
+    assert not differences(outcome(tmp_path / "run"), reference)
+
+
 def test_a_run_stopped_many_times_ends_as_if_never_stopped(reference, tmp_path, no_pictures):
     stops, status = 0, 143
     while status == 143 and stops < 20:
@@ -1501,8 +1525,8 @@ def test_a_checkpoint_holds_nothing_that_could_run(checkpoint, tmp_path, no_pict
 
 CHECKPOINT_KEYS = [
     "script", "arguments", "step", "eval_rows", "finished", "torch_rng", "cuda_rng", "episode", "updates_due",
-    "episode_return", "episode_actions", "observation", "embedding_history", "recent_returns", "agent",
-    "rows", "random_size",
+    "episode_return", "episode_actions", "observation", "embedding_history", "recent", "agent",
+    "rows", "random_size", "evaluation_due",
 ]  # fmt: skip
 AGENT_KEYS = [
     "actor", "average_actor", "critic", "target_actor", "target_critics", "vae", "actor_optimizer",
@@ -1784,6 +1808,22 @@ def test_a_number_that_is_not_finite_ends_the_run(what, value, step, tmp_path, n
         assert state["step"] == 60
         assert all(value.isfinite().all() for value in tensors(state["agent"]).values())
         assert state["rows"].isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("at", [3, 7])
+def test_a_number_that_is_not_finite_ends_an_evaluation(what, at, tmp_path, no_pictures, capsys):
+    """In the second evaluation environment, amid its first episode or at its end, where the observation is not used."""
+    gym.register("ToyNan-v0", ToyEnv, kwargs={"length": 7, "break_at": (what, at, math.nan), "breaks": 2})
+    try:
+        status = exit_status(tiny(tmp_path, env_id="ToyNan-v0"))
+    finally:
+        del gym.registry["ToyNan-v0"]
+    if (what, at) == ("observation", 7):
+        assert status == 0
+    else:
+        assert status == 1
+        assert_one_line(capsys, what, "is not finite, in the evaluation", str(episode_seed(1, 1, stream=1)), "step 40")
 
 
 @pytest.mark.parametrize("episode", [3, TINY["random_episodes"] + 6])
