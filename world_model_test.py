@@ -331,7 +331,8 @@ class WorldModel(nn.Module):
         self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
         here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
         if entities:
-            self.gone_head = nn.Sequential(nn.Linear(here, 256), nn.ReLU(), nn.Linear(256, entities))
+            # One head for all players, which sees the own action apart: what one player does, all learn from.
+            self.gone_head = nn.Sequential(nn.Linear(here + game.actions, 64), nn.ReLU(), nn.Linear(64, 2))
         # Rewards read what the next state will be: who leaves, and what prey is left in the player's cell.
         next_state, values = (0, 1) if self.kind == "mse" else (n + 2, len(game.reward_values))
         self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
@@ -343,15 +344,14 @@ class WorldModel(nn.Module):
         self.register_buffer("values", torch.tensor(game.reward_values), persistent=False)
         self.to(memory_format=torch.channels_last)  # the convolutions are faster so
 
-    def inputs(self, obs: Tensor, actions: Tensor, where: Tensor) -> Tensor:
-        """Planes of frames (B, C, H, W), of joint actions (B, n), and of ones; `where` (B, E) are the places."""
+    def inputs(self, obs: Tensor, acts: Tensor, where: Tensor) -> Tensor:
+        """Planes of frames (B, C, H, W), of one-hot actions (B, n, A), and of ones; `where` (B, E) are the places."""
         game = self.game
-        acts = F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]  # (B, n, A)
         if self.painted:
             cells = F.one_hot(where[:, : game.players], game.cells + 1)[..., :-1].float()  # (B, n, H W)
         else:
-            cells = torch.ones(*actions.shape, game.cells, device=obs.device)
-        action_planes = (acts.float()[..., None] * cells[:, :, None]).view(len(obs), -1, game.height, game.width)
+            cells = torch.ones(*acts.shape[:2], game.cells, device=obs.device)
+        action_planes = (acts[..., None] * cells[:, :, None]).view(len(obs), -1, game.height, game.width)
         inside = torch.ones_like(action_planes[:, :1])  # tells the border from a free cell
         return torch.cat((obs.float(), action_planes, inside), 1)
 
@@ -366,17 +366,19 @@ class WorldModel(nn.Module):
         """The prediction. Rewards are read off `next_obs`, or, without it, off the predicted (drawn) frame."""
         game, n = self.game, self.game.players
         where = places(obs, game)
-        inputs = self.inputs(obs, actions, where)
+        acts = (F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]).float()  # (B, n, A)
+        inputs = self.inputs(obs, acts, where)
         features = self.trunk(inputs)
         cells = self.cell_head(features)
         planes, entities = cells[:, : game.channels], None
         own = torch.cat((self.at(features, where), self.at(inputs, where)), 2)
-        # Each entity has an output of its own, so that no head need find out whose cell it reads.
         if self.kind == "entity":
-            gone = self.gone_head(own).diagonal(dim1=1, dim2=2)
-            entities = torch.cat((cells[:, game.channels :].flatten(2), gone[:, :, None]), 2)
+            gone = self.gone_head(torch.cat((own, F.pad(acts, (0, 0, 0, where.shape[1] - n))), 2))
+            gone = torch.cat((gone[:, :n, :1], gone[:, n:, 1:]), 1)  # a player leaves, the stag leaves
+            entities = torch.cat((cells[:, game.channels :].flatten(2), gone), 2)
             if self.masked:
                 entities = entities.masked_fill(~self.reach[where], -math.inf)
+        # Each player has outputs of its own, so that the head need not find out whose cell it reads.
         own, next_obs = own[:, :n], self.frame(planes, entities, generator) if next_obs is None else next_obs
         if self.kind != "mse":
             gone = (places(next_obs, game)[:, :n] == game.cells).float()[:, None].expand(-1, n, -1)
