@@ -168,7 +168,8 @@ def make_env(env_id: str) -> Any:
     kinds = set()
     for agent in env.possible_agents:
         action, observation = env.action_space(agent), env.observation_space(agent)
-        observation = observation["observation"] if isinstance(observation, gym.spaces.Dict) else observation
+        if isinstance(observation, gym.spaces.Dict):
+            observation = observation.spaces.get("observation", observation)
         if not isinstance(action, gym.spaces.Discrete):
             raise ValueError(f"discrete actions expected, {agent} of {env_id} has {action}")
         if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 3:
@@ -265,7 +266,10 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
     if stag_hunt is None:
         return arrays, meta
     games = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
-    stag_hunt.save_dataset(path, games)
+    try:
+        stag_hunt.save_dataset(path, games)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another --data-dir") from None
     print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected, kept in {path}")
     return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
 
@@ -347,7 +351,8 @@ class Records:
         steps = meta.get("env_kwargs", {}).get("max_cycles") or arrays["t"].max() + 1
         pixel_scale = float(meta.get("observation_scale", 1))
         self.sizes = Sizes(channels, height, width, actions, players, pixel_scale, float(steps))
-        self.strategies = list(meta.get("strategies", []))
+        known = (arrays["strategy"] >= 0).all()
+        self.strategies = list(meta.get("strategies", [])) if known else []
         names = list(meta.get("action_names") or [])
         self.action_names = names if len(names) == actions else [str(action) for action in range(actions)]
 
@@ -361,7 +366,8 @@ class Records:
         self.time = to_device(arrays["t"].astype(np.float32) / self.sizes.time_scale, np.float32)
         self.places = position_planes(self.sizes).to(device)
         # Only of the stag hunt it is known what turning the board does to the actions.
-        self.symmetry = Symmetry(self.sizes, device) if self.strategies and height == width else None
+        self.is_stag_hunt = stag_hunt is not None and names == list(stag_hunt.ACTION_NAMES)
+        self.symmetry = Symmetry(self.sizes, device) if self.is_stag_hunt and height == width else None
         key = arrays["episode"].astype(np.int64) * 1_000 + arrays["agent"]
         self.starts = np.flatnonzero(np.diff(key, prepend=-1))
         self.lengths = np.diff(self.starts, append=len(key))
@@ -623,10 +629,10 @@ class MOA:
         self.optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
-    @torch.inference_mode()
     def encode(self, observation: Tensor) -> Tensor:
         """The latent mean (B, latent) of single frames (B, C, H, W), scaled as the records are, for use elsewhere.
 
+        Gradients flow, so that it can be tuned further; call it in `torch.no_grad()` to have it frozen.
         Raises ValueError for a model that needs more than one frame.
         """
         if self.args.context != "1":
@@ -965,6 +971,11 @@ class Run:
         """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
         if args.resume and not args.run_name:
             usage_error("--resume needs the --run-name of the run to continue")
+        if args.track:
+            try:
+                import wandb
+            except ModuleNotFoundError:
+                usage_error("--track needs wandb; try pip install wandb, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = name.replace("/", "-").replace(":", "-")
         self.folder = Path(args.runs_dir) / self.name
@@ -992,8 +1003,6 @@ class Run:
         step = self.checkpoint["step"] if self.checkpoint else 0
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         if args.track:
-            import wandb
-
             try:
                 wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
@@ -1076,7 +1085,11 @@ class Run:
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }  # fmt: skip
-        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save({**own, **state}, file))
+        path = self.folder / "checkpoint.pt"
+        try:
+            write_atomically(path, lambda file: torch.save({**own, **state}, file))
+        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+            self.fail(f"step {step}: cannot write {path} ({error})")
 
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
@@ -1247,8 +1260,8 @@ def check(args: Args) -> None:
             near = difflib.get_close_matches(value, choices, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
-        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
-            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)} expected")
+        if type(value) in (int, float) and not (0 < value < 2**63 or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)}, below 2**63, expected")
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
 
@@ -1262,6 +1275,8 @@ def check_shape(model: MOA, args: Args, sizes: Sizes) -> None:
     )
     if has != wanted:
         raise ValueError(f"{args.load} is a model for {has}; this run has {wanted}")
+    if args.total_timesteps == 0 and model.args.objective != args.objective:
+        raise ValueError(f"{args.load} was trained with --objective {model.args.objective}: evaluate it with that")
 
 
 def final_table(result: Evaluation, records: Records, args: Args) -> Arrays:
@@ -1299,8 +1314,8 @@ def report(run: "Run", step: int, model: MOA, records: Records) -> None:
     width = max(map(len, predictions)) + 2
     print(" " * width + "".join(f"{name.replace('_', ' ').replace('accuracy', 'acc.'):>15}" for name in columns))
     for row in table:
-        if row["subset"] == "all":
-            print(row["name"].ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
+        label = row["name"] if row["subset"] == "all" else f"  {row['subset']}"
+        print(label.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
     for name in records.ceilings:
         gain, error = difference(result.q, predictions[name], records, rows)
         print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
@@ -1310,7 +1325,7 @@ def report(run: "Run", step: int, model: MOA, records: Records) -> None:
 
     shown = {"model": result.q, **{name: predictions[name] for name in records.ceilings}}
     figures = {
-        "vae_loss_curve": draw_losses(run.eval_rows, run.name), "confusion_matrix": draw_confusion(result, records),
+        "confusion_matrix": draw_confusion(result, records),
         "recall_and_calibration": draw_recall_and_calibration(shown, records, rows),
         "latent": draw_latent(result, records),
     }  # fmt: skip
@@ -1329,8 +1344,8 @@ def main(args: Args) -> Path:
     try:
         check(args)
         records = Records(*open_dataset(args), args.context, device)
-        if args.capture_video and not (stag_hunt and records.strategies):
-            raise ValueError(f"--capture-video draws games of the stag hunt; {args.env_id} is another one")
+        if args.capture_video and not records.is_stag_hunt:
+            raise ValueError("--capture-video draws games of the stag hunt; these are of another one")
         loaded = load_model(args.load) if args.load else None
         if loaded:
             check_shape(loaded, args, records.sizes)
@@ -1383,6 +1398,8 @@ def main(args: Args) -> Path:
             sums = {}
             run.log_evaluation(step, metrics)
             write_epoch(run.folder, epoch, result, records)
+            run.log_figure(step, "vae_loss_curve", draw_losses(run.eval_rows, run.name))
+            run.log_figure(step, "confusion_matrix", draw_confusion(result, records))
             names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
             print(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
                 f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
@@ -1401,6 +1418,8 @@ def main(args: Args) -> Path:
         save_model(model, run.folder / "best_model.pt")
     best = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
     report(run, step, best, records)
+    if run.signal:
+        run.stop()  # resumed, it writes the report again
     run.save_checkpoint(step, {"model": model.state_dict(), "dataset": records.fingerprint()}, finished=True)
     run.close()
     print(f"see {run.folder}")

@@ -792,6 +792,11 @@ class Run:
         """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
         if args.resume and not args.run_name:
             usage_error("--resume needs the --run-name of the run to continue")
+        if args.track:
+            try:
+                import wandb
+            except ModuleNotFoundError:
+                usage_error("--track needs wandb; try pip install wandb, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = name.replace("/", "-").replace(":", "-")
         self.folder = Path(args.runs_dir) / self.name
@@ -819,8 +824,6 @@ class Run:
         step = self.checkpoint["step"] if self.checkpoint else 0
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         if args.track:
-            import wandb
-
             try:
                 wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
@@ -903,7 +906,11 @@ class Run:
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }  # fmt: skip
-        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save({**own, **state}, file))
+        path = self.folder / "checkpoint.pt"
+        try:
+            write_atomically(path, lambda file: torch.save({**own, **state}, file))
+        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+            self.fail(f"step {step}: cannot write {path} ({error})")
 
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
@@ -1037,8 +1044,8 @@ def check(args: Args) -> Args:
     may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef", "learning_rate")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_zero else 1
-        if type(value) in (int, float) and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least} expected")
+        if type(value) in (int, float) and not (math.isfinite(value) and least <= value < 2**63):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least}, below 2**63, expected")
     if args.capture_video:
         raise ValueError("--capture-video: there is nothing to film here; the run folder's pictures show frames")
     return args

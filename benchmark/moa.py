@@ -115,7 +115,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], l
     for about in sorted(folder.glob("pretrain_vae_moa-*__*__*/args.json")):
         name, path = about.parent.name, about.parent
         variant, environment, seed = name.removeprefix("pretrain_vae_moa-").split("__")
-        if not (path / "vae_loss_curve.png").exists():
+        if not (path / "latent.png").exists():  # the last picture that each run draws
             print(f"not finished, left out: {name}")
             continue
         arguments = json.loads(about.read_text())["arguments"]
@@ -148,11 +148,14 @@ def scores_table(scores: list[dict[str, Any]]) -> str:
     kinds = {}
     for row in scores:
         label = row["variant"] if row["name"] == "model" else row["name"]
-        kinds.setdefault((row["name"] != "model", label, row["rows"]), []).append(row)
-    for (_, label, rows), group in sorted(kinds.items(), key=lambda item: item[0]):
+        if label == "random encoder + probe":
+            frames = [name for name in ("4frames", "history") if name in row["variant"]]
+            label += f", {frames[0] if frames else 'one frame'}"
+        # What is known of the same rows is in the tables of many variants: each seed's is taken from one of them.
+        kinds.setdefault((row["name"] != "model", label, row["rows"]), {}).setdefault((row["seed"], row["subset"]), row)
+    for (_, label, rows), found in sorted(kinds.items(), key=lambda item: item[0]):
+        group = list(found.values())
         every = [row for row in group if row["subset"] == "all"]
-        if every[0]["name"] != "model" and not any(row["variant"] == "both-z" for row in every) and rows == 107_010:
-            continue
         by_strategy = [[row["expected_top1"] for row in group if row["subset"] == s] for s in ("NS", "NH")]
         lines.append([
             label, f"{rows:,}", str(len({row["seed"] for row in every})),
@@ -263,6 +266,10 @@ CHANGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # what -> (model, what 
     "mis-sliced mask": (moa.MOA, mis_sliced, {}),
     "mis-sliced mask and double softmax": (DoubleSoftmax, mis_sliced, {}),
     "not augmented": (moa.MOA, None, {"augment": False}),
+    "reconstruction, then a probe": (moa.MOA, None, {"objective": "reconstruction"}),
+    "both objectives": (moa.MOA, None, {"objective": "both"}),
+    "head on z and the state": (moa.MOA, None, {"head_input": "state+z"}),
+    "head on the state alone": (moa.MOA, None, {"head_input": "state"}),
 }
 
 

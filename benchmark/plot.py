@@ -109,9 +109,10 @@ def usage_error(message: str) -> NoReturn:
 
 def read_columns(path: Path, names: Iterable[str]) -> np.ndarray:
     """The named columns of a CSV file as an array (rows, columns); columns that it lacks are nan."""
+    names = tuple(names)
     with open(path, newline="") as file:
         rows = [[float(row.get(name) or "nan") for name in names] for row in csv.DictReader(file)]
-    return np.array(rows).reshape(len(rows), -1).round(6)
+    return np.array(rows).reshape(len(rows), len(names)).round(6)
 
 
 def read_runs(script: str, folder: Path) -> Runs:

@@ -15,11 +15,11 @@ for seed in 1 2 3; do
     job moa-z-history $seed --objective moa --context history
     job moa-z-history-600k $seed --objective moa --context history --rows 600000
     job moa-z-4frames $seed --objective moa --context 4
+    job reconstruction $seed --objective reconstruction
+    job moa-state $seed --objective moa --head-input state
     job moa-state+z $seed --objective moa --head-input state+z
     if [ $seed = 1 ]; then # the experiments
-        job reconstruction $seed --objective reconstruction
         job both-z $seed --objective both
-        job moa-state $seed --objective moa --head-input state
         job moa-z-not-augmented $seed --objective moa --no-augment
     fi
 done

@@ -927,6 +927,16 @@ def check_dataset(data: Dataset) -> None:
                 f"{forbidden:,} of {len(action):,} actions are forbidden by their own mask; "
                 "a mask that was sliced from the wrong columns looks like that"
             )
+    strategies = len(data.meta.get("strategies", []))
+    if "strategy" in arrays and not -1 <= arrays["strategy"].min() <= arrays["strategy"].max() < max(strategies, 1):
+        found = f"{arrays['strategy'].min()} to {arrays['strategy'].max()}"
+        raise ValueError(f"strategies from {found}, but meta names {strategies} (-1: unknown)")
+    if {"policy_probs", "action_mask", "strategy"} <= set(arrays):
+        has, wanted = arrays["policy_probs"].shape[1:], (strategies, arrays["action_mask"].shape[1])
+        if has != wanted:
+            raise ValueError(f"policy_probs of {has} strategies and actions, {wanted} expected")
+        if arrays["strategy"].min() < 0:
+            raise ValueError("policy_probs without the strategy of each row; leave them out, or write the strategies")
 
 
 # What can be known ----------------------------------------------------------------------------------------------------

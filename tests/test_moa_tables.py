@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> Path:
                 run_name=f"pretrain_vae_moa-{variant}__4p5b4x4__{seed}",
             ))  # fmt: skip
             if variant == "late":
-                (path / "vae_loss_curve.png").unlink()
+                (path / "latent.png").unlink()
     torch.use_deterministic_algorithms(False)
     return folder
 

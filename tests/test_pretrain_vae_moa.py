@@ -271,6 +271,15 @@ def test_a_turned_game_is_the_same_game(turn, data):
         assert not torch.equal(after.frames[:, -2:], batch.frames[:, -2:])
 
 
+def test_other_games_are_never_turned(data):
+    """A record with scripts on a square board, whose actions are not the stag hunt's."""
+    assert records_of(data).symmetry and records_of(data).strategies
+    theirs = stag_hunt.Dataset(data.arrays, {**data.meta, "action_names": ["a", "b", "c", "d", "e", "f", "g"]})
+    assert records_of(theirs).symmetry is None and records_of(theirs).strategies
+    unknown = np.where(np.arange(len(data.arrays["strategy"])) == 3, -1, data.arrays["strategy"])
+    assert records_of(stag_hunt.Dataset({**data.arrays, "strategy": unknown}, data.meta)).strategies == []
+
+
 @pytest.mark.parametrize("context", ["4", "history"])
 def test_all_frames_of_a_row_are_turned_alike(context, data):
     records = records_of(data, context)
@@ -650,8 +659,11 @@ def test_a_saved_model_can_be_used_alone(finished, data_dir):
     records = records_of(data)
     rows = records.rows(2)
     z = model.encode(torch.from_numpy(data.arrays["obs"][rows]))
-    assert z.shape == (len(rows), 16) and not z.requires_grad
-    assert z.numpy() == pytest.approx(moa.predict(model, records, rows)["mean"], abs=1e-6)
+    assert z.shape == (len(rows), 16)
+    torch.nn.Linear(16, 4)(z).sum().backward()  # someone's agent tunes it further
+    assert all(float(p.grad.abs().sum()) > 0 for p in model.encoder.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in model.encoder.parameters()) > 6
+    assert z.detach().numpy() == pytest.approx(moa.predict(model, records, rows)["mean"], abs=1e-6)
     assert model.args.run_name == "run" and model.sizes == records.sizes
 
 
@@ -761,7 +773,8 @@ KILLS = {  # name -> what to arm in the process that will be killed, and the ste
     "before a checkpoint is flushed": (lambda: at_call(os, "fsync", 3, is_checkpoint_file), 20),
     "before a checkpoint is renamed": (lambda: at_call(os, "replace", 3, to_checkpoint), 20),
     "in the final table": (lambda: at_call(moa, "final_table", 1), 60),
-    "while the pictures are drawn": (lambda: at_call(Figure, "savefig", 2), 60),
+    "while an epoch's pictures are drawn": (lambda: at_call(Figure, "savefig", 4), 30),
+    "while the last pictures are drawn": (lambda: at_call(Figure, "savefig", 8), 60),
 }
 
 
@@ -916,6 +929,10 @@ def test_a_model_of_another_shape_is_refused(finished, tiny, tmp_path, capsys, n
     path = str(finished / "model.pt")
     refused(capsys, tmp_path, tiny(load=path, latent_dim=8), "--latent-dim 16", "--latent-dim 8")
     refused(capsys, tmp_path, tiny(load=path, env_id="4p5b8x8"), "observations 7x4x4", "observations 7x8x8")
+    own = moa.load_model(path).args.objective
+    other = "reconstruction" if own != "reconstruction" else "moa"
+    untrained = tiny(load=path, objective=other, total_timesteps=0)
+    refused(capsys, tmp_path, untrained, f"trained with --objective {own}")
     assert not (tmp_path / "run").exists()
 
 

@@ -469,6 +469,24 @@ def rewrite(path, **changes):
     np.savez_compressed(path, **{**content, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"strategy": lambda v: v + 5}, "meta names 2"),
+        ({"strategy": lambda v: np.where(v == 1, -1, v)}, "without the strategy of each row"),
+        (
+            {"policy_probs": lambda v: v[:, :, 1:]},
+            r"policy_probs of \(2, 6\) strategies and actions, \(2, 7\) expected",
+        ),
+    ],
+)
+def test_strategies_that_do_not_fit_are_refused(changes, part, data):
+    arrays = {**data.arrays, **{name: change(data.arrays[name]) for name, change in changes.items()}}
+    arrays["strategy"] = arrays["strategy"].astype(np.int8)
+    with pytest.raises(ValueError, match=part):
+        check_dataset(stag_hunt.Dataset(arrays, data.meta))
+
+
 def test_forbidden_actions_are_counted(data, tmp_path):
     wrong = np.roll(data.arrays["action_mask"], 1, axis=1)  # sliced from the wrong columns
     forbidden = int((~wrong[np.arange(6_000), data.arrays["action"]]).sum())
