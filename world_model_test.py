@@ -331,8 +331,8 @@ class WorldModel(nn.Module):
         self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
         here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
         if entities:
-            # One head for all players, which sees the own action apart: what one player does, all learn from.
-            self.gone_head = nn.Sequential(nn.Linear(here + game.actions, 64), nn.ReLU(), nn.Linear(64, 2))
+            # An output for each own action, which all players share, and one for the stag.
+            self.gone_head = nn.Sequential(nn.Linear(here, 64), nn.ReLU(), nn.Linear(64, game.actions + 1))
         # Rewards read what the next state will be: who leaves, and what prey is left in the player's cell.
         next_state, values = (0, 1) if self.kind == "mse" else (n + 2, len(game.reward_values))
         self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
@@ -373,9 +373,9 @@ class WorldModel(nn.Module):
         planes, entities = cells[:, : game.channels], None
         own = torch.cat((self.at(features, where), self.at(inputs, where)), 2)
         if self.kind == "entity":
-            gone = self.gone_head(torch.cat((own, F.pad(acts, (0, 0, 0, where.shape[1] - n))), 2))
-            gone = torch.cat((gone[:, :n, :1], gone[:, n:, 1:]), 1)  # a player leaves, the stag leaves
-            entities = torch.cat((cells[:, game.channels :].flatten(2), gone), 2)
+            gone = self.gone_head(own)
+            gone = torch.cat(((gone[:, :n, :-1] * acts).sum(2), gone[:, n:, -1]), 1)
+            entities = torch.cat((cells[:, game.channels :].flatten(2), gone[:, :, None]), 2)
             if self.masked:
                 entities = entities.masked_fill(~self.reach[where], -math.inf)
         # Each player has outputs of its own, so that the head need not find out whose cell it reads.
