@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,8 +95,8 @@ class Args:
     """environment steps to collect"""
     total_timesteps: int = 10_000
     """gradient steps"""
-    encoder_signal: Literal["critic", "vae", "both", "separate", "reconstruction", "none"] = "both"
-    """the losses that train the encoder; separate: critics and VAE have one each; reconstruction: of the picture"""
+    encoder_signal: str = "both"
+    """what trains the encoder: critic, vae, both, separate (one for each), reconstruction (of the picture) or none"""
     policy: Literal["latent", "argmax"] = "latent"
     """a policy in the VAE's latent space (PLAS), or the best of some sampled actions (BCQ without perturbation)"""
     learning_rate: float = 1e-3
@@ -244,7 +245,13 @@ def make_env(args: Args) -> PixelEnv:
         # Where pictures are rendered in software, most of the time goes into shadows and an unused large buffer.
         visual = env.unwrapped._env.physics.model.vis
         visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, size, size
-    return PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
+    pixels = PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
+    try:
+        pixels.reset(seed=0)
+    except Exception as error:
+        hint = "; try MUJOCO_GL=osmesa" if "GL" in str(error) else ""
+        raise ValueError(f"{args.env_id} cannot be drawn: {type(error).__name__}: {error}{hint}") from None
+    return pixels
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -413,6 +420,7 @@ class Dataset:
 def check_settings(path: Path, made_with: dict[str, Any], env: gym.Env) -> None:
     """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
     here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
+    here |= {"env_id": env.spec.id} if env.spec else {}
     other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
     if other:
         raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
@@ -424,8 +432,8 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in names if name in file}
-            made_with = {name: int(file[name]) for name in ("action_repeat", "frame_stack") if name in file}
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+            made_with = {name: file[name].item() for name in ("action_repeat", "frame_stack", "env_id") if name in file}
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
@@ -441,7 +449,12 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     expected = f"image (rows, height, width, 3) of uint8 expected, got {image.dtype} {image.shape}"
     need(image.dtype == np.uint8 and image.ndim == 4 and image.shape[3] == 3, f": {expected}")
     for name, values in columns.items():
+        need(
+            values.dtype.kind in "biuf" and values.ndim > 0, f": numbers by row expected in {name}, got {values.dtype}"
+        )
         need(len(values) == rows, f": {name} has {len(values)} rows, image has {rows}")
+        numbers = 1 if name in ("image", "action") else values.size // max(rows, 1)
+        need(numbers == 1, f": {name} has {numbers} numbers in a row, 1 expected")
     need(action.ndim == 2, f": action (rows, size) expected, got {action.shape}")
     theirs, ours = (image.shape[1:], action.shape[1]), ((*env.observation_space.shape[1:], 3), *env.action_space.shape)
     both = f"images {theirs[0]} and {theirs[1]} actions in the dataset, {ours[0]} and {ours[1]} in the environment"
@@ -564,6 +577,10 @@ class PLAS:
         kl = (0.5 * (mean.square() + std.square() - 1.0) - std.log()).mean()
         return error + self.args.kl_weight * kl, error, kl
 
+    def picture_loss(self, feature: Tensor, batch: Batch) -> Tensor:
+        """The squared error of the pictures decoded from the features (B, F)."""
+        return F.mse_loss(self.picture_decoder(feature), batch.observation / 255.0 - 0.5)
+
     def update(
         self, batch: Batch, noise: dict[str, Tensor] | None = None, pretraining: bool = False
     ) -> dict[str, Tensor]:
@@ -581,8 +598,7 @@ class PLAS:
             parts = self.vae_loss(vae_input, batch, noise["vae"])
             losses = dict(zip(("vae", "vae_action", "vae_kl"), parts, strict=True))
             if self.picture_decoder is not None:
-                wanted = batch.observation / 255.0 - 0.5
-                losses["reconstruction"] = F.mse_loss(self.picture_decoder(feature), wanted)
+                losses["reconstruction"] = self.picture_loss(feature, batch)
             if not pretraining:
                 critic_input = feature if "critic" in self.signals else feature.detach()
                 losses["td"] = self.critic_loss(critic_input, batch, target)
@@ -613,22 +629,27 @@ class PLAS:
         return {"policy": loss}
 
     def gradient_statistics(self, batch: Batch) -> dict[str, float]:
-        """Norms of both losses' gradients in the encoder, whether they train it or not, and their cosine.
+        """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
 
-        With `separate` each is in its own encoder and there is no cosine. Draws from a stream of its own.
+        With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
         """
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             noise = self.draw_noise(len(batch.reward))
         with self.autocast():
             critic_loss = self.critic_loss(self.encoder(batch.observation), batch, self.critic_target(batch, noise))
             vae_loss, _, _ = self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])
+            losses = [("critic", critic_loss, self.encoder), ("vae", vae_loss, self.vae_encoder)]
+            if self.picture_decoder is not None:
+                losses.append(
+                    ("reconstruction", self.picture_loss(self.encoder(batch.observation), batch), self.encoder)
+                )
         gradients, result = [], {}
-        for name, loss, encoder in (("critic", critic_loss, self.encoder), ("vae", vae_loss, self.vae_encoder)):
+        for name, loss, encoder in losses:
             parts = torch.autograd.grad(loss, list(encoder.parameters()))
             gradients.append(torch.cat([part.flatten() for part in parts]))
             result[f"charts/encoder_gradient_{name}"] = float(gradients[-1].norm())
         if self.vae_encoder is self.encoder:
-            result["charts/encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients, 0))
+            result["charts/encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients[:2], 0))
         return result
 
     @torch.no_grad()
@@ -678,19 +699,23 @@ class PLAS:
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(agent: PLAS, environments: list[gym.Env], seed: int) -> dict[str, float]:
+def evaluate(
+    agent: PLAS, environments: list[gym.Env], seed: int, stopped: Callable[[], Any] = lambda: False
+) -> dict[str, float]:
     """Play one episode in each environment, in lock-step, and compare the critic with the returns that followed.
 
     Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
     `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias`, `q_correlation` of
     Q(s, pi(s)) against the discounted return from there, over those states after which at least 90 % of the discounted
-    future was seen. `q_start_*` are the same over the episodes' first states.
+    future was seen. `q_start_*` are the same over the episodes' first states. Nothing, once `stopped()` is true.
     """
     generator = torch.Generator().manual_seed(seed)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
     traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
     ended, active = [False] * len(environments), list(range(len(environments)))
     while active:
+        if stopped():
+            return {}
         actions, values = agent.act(np.stack([observations[i] for i in active]), generator)
         running = []
         for i, action, value in zip(active, actions, values.tolist(), strict=True):
@@ -743,7 +768,7 @@ def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], n
         actions = len(weights["trunk.4.bias"]) // 2
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
-    check_settings(path, theirs, env)
+    check_settings(path, {name: theirs[name] for name in theirs if name != "env_id"}, env)  # its task may be another
     if actions != env.action_space.shape[0]:
         raise ValueError(f"{path} has {actions} actions, the environment {env.action_space.shape[0]}")
 
@@ -828,10 +853,14 @@ def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
         path = path.with_name(path.name + ".npz")
     if not path.exists() and policy:
         print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
-        columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
-        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"action_repeat": args.action_repeat, "env_id": env.spec.id}
         own = path.with_name(f"{path.stem}-{os.getpid()}.npz")  # other runs may collect the same at the same time
-        write_atomically(own, lambda file: np.savez_compressed(file, action_repeat=args.action_repeat, **columns))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
+            write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}; choose another --dataset") from None
         if path.exists():
             own.unlink()
         else:
@@ -1087,10 +1116,14 @@ def resolve(args: Args) -> Args:
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.encoder_signal not in SIGNALS:
+        near = difflib.get_close_matches(args.encoder_signal, SIGNALS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--encoder-signal {args.encoder_signal}: one of {', '.join(SIGNALS)} expected{hint}")
     may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
     for name, value in asdict(args).items():
         least = 1 if type(value) is int and name not in may_be_zero else 0
-        most = 1 if name in ("gamma", "tau", "soft_minimum") else math.inf
+        most = 1 if name in ("gamma", "tau", "soft_minimum") else 2**63 - 1
         if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
             expected = f"at most {most}" if value > most else f"a number of at least {least}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")
@@ -1138,14 +1171,37 @@ def main(args: Args) -> Path:
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
     states = wide["state"][stacks.rows - 1]
 
+    evaluation_due = False
+
+    def evaluate_policy() -> bool:
+        """Evaluate at this step, log it, keep the best model; False if a signal came first."""
+        metrics = evaluate(agent, environments, args.seed, lambda: run.signal)
+        if not metrics:
+            return False
+        metrics["prior_action_error"] = agent.prior_action_error(fixed)
+        metrics["probe_r2"] = probe(agent, pictures, states)
+        metrics |= {name.removeprefix("charts/"): v for name, v in agent.gradient_statistics(fixed).items()}
+        metrics |= {f"{name}_return": value for name, value in levels.items()}
+        run.log_evaluation(step, metrics)
+        if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
+            save_model(agent, args, run.folder / "best_model.pt")
+        return True
+
     if run.checkpoint is None:
         step, levels = 0, reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
     else:
         if run.checkpoint["dataset"] != digest:
             usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
-        step, levels = run.checkpoint["step"], run.checkpoint["levels"]
+        step, levels, evaluation_due = (run.checkpoint[name] for name in ("step", "levels", "evaluation_due"))
         agent.load_state_dict(run.checkpoint["agent"])
         run.restore_random_state()
+        if evaluation_due and not evaluate_policy():
+            run.stop()  # it is still due in the checkpoint
+    chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
+    print(f"{run.name}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    run.writer.add_text(
+        "losses/td", "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
+    )
     told = ", ".join(f"{name} {value:.2f}" for name, value in levels.items())
     print(f"{run.name}: {len(dataset.rows):,} transitions of {len(dataset.starts):,} episodes; mean returns: {told}")
 
@@ -1159,18 +1215,11 @@ def main(args: Args) -> Path:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             run.log(step, {"charts/SPS": run.steps_per_second(step), **agent.gradient_statistics(batch)})
-        if evaluating or last:
-            metrics = evaluate(agent, environments, args.seed)
-            metrics["prior_action_error"] = agent.prior_action_error(fixed)
-            metrics["probe_r2"] = probe(agent, pictures, states)
-            metrics |= {name.removeprefix("charts/"): v for name, v in agent.gradient_statistics(fixed).items()}
-            metrics |= {f"{name}_return": value for name, value in levels.items()}
-            run.log_evaluation(step, metrics)
-            if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
-                save_model(agent, args, run.folder / "best_model.pt")
+        evaluation_due = (evaluating or last) and not evaluate_policy()
         if step % args.checkpoint_frequency == 0 or last or run.signal:
-            run.save_checkpoint(step, {"agent": agent.state_dict(), "dataset": digest, "levels": levels})
-            if run.signal and not last:
+            state = {"agent": agent.state_dict(), "dataset": digest, "levels": levels, "evaluation_due": evaluation_due}
+            run.save_checkpoint(step, state)
+            if run.signal and (evaluation_due or not last):
                 run.stop()
 
     save_model(agent, args, run.folder / "model.pt")

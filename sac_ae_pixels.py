@@ -187,6 +187,8 @@ class PixelEnv(gym.Wrapper):
         self.observation_space = gym.spaces.Box(0, 255, (3 * args.frame_stack, size, size), np.uint8)
         # A dm_control task behind shimmy is drawn through dm_control itself: a camera that is kept is faster.
         self.through_dm_control = type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
+        observed = env.observation_space.spaces.values() if self.through_dm_control else ()
+        self.has_cameras = any(len(space.shape) == 3 for space in observed)  # of the task's own, drawn at each step
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -220,10 +222,12 @@ class PixelEnv(gym.Wrapper):
         if self.camera[0] is not physics:
             from dm_control.mujoco.engine import Camera
 
-            visual = physics.model.vis
-            visual.global_.offwidth = visual.global_.offheight = self.unwrapped.render_kwargs.get("width", size)
-            if self.args.render_quality == "fast":
+            visual, width = physics.model.vis, self.unwrapped.render_kwargs.get("width", size)
+            buffer = visual.global_
+            if self.args.render_quality == "fast" and not self.has_cameras:
                 visual.quality.shadowsize = min(512, visual.quality.shadowsize)
+                buffer.offwidth = buffer.offheight = width
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, width)
             self.camera = physics, Camera(physics, size, size, self.args.camera)
         return self.camera[1].render()
 
@@ -241,7 +245,8 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
         try:
             import shimmy  # noqa: F401  (registers dm_control's tasks)
         except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
-            hint = "try pip install 'shimmy[dm-control]'" if isinstance(error, ImportError) else INSTALL_OPENGL
+            missing = isinstance(error, ImportError) and "GL" not in str(error)
+            hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
             raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
         env_id = f"dm_control/{env_id}-v0" if task else env_id
         options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
@@ -1075,7 +1080,7 @@ def main(args: Args) -> Path:
     if run.checkpoint and not path.exists():
         run.fail(f"{path} is missing, which holds the replay memory: restore it, or start with another --run-name")
     buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
-    recent_returns: deque[float] = deque(maxlen=10)
+    recent: deque[tuple[float, int]] = deque(maxlen=10)  # return and length of the last episodes
     losses: dict[str, Tensor] = {}
     agent_step = episode = updates_due = evaluation_due = 0
     episode_return, episode_actions = 0.0, []
@@ -1097,7 +1102,7 @@ def main(args: Args) -> Path:
         agent_step, episode = state["agent_step"], state["episode"]
         updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
         episode_return, episode_actions = state["episode_return"], state["episode_actions"]
-        recent_returns.extend(state["recent_returns"])
+        recent.extend(state["recent"])
         agent.load_state_dict(state["agent"])
         buffer.load_state_dict(state["buffer"])
         observation, _ = env.reset(seed=episode_seed(args.seed, episode))
@@ -1112,7 +1117,7 @@ def main(args: Args) -> Path:
     step = agent_step * repeat
     while True:
         last, burst = agent_step == last_step, agent_step == args.learning_starts
-        mean_return = float(np.mean(recent_returns or [math.nan]))
+        mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
         actor = burst or agent_step % args.policy_frequency == 0
         targets = burst or agent_step % args.target_network_frequency == 0
         # What this agent step still owes is in the checkpoint: a signal interrupts it, and a resumed run goes on here.
@@ -1123,7 +1128,8 @@ def main(args: Args) -> Path:
             run.progress(step, f"return {mean_return:.3f}" + f", {updates_due:,} updates to go" * (updates_due > 0))
         saving = crossed(args.checkpoint_frequency) or last
         if crossed(1_000) or saving or evaluation_due or run.signal:
-            charts = {"charts/episodic_return": mean_return, "charts/episodes": episode}
+            charts = {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            charts["charts/episodes"] = episode
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {**losses, **charts, "charts/SPS": run.steps_per_second(step)})
         if evaluation_due and (result := evaluate(agent, evaluation_env, args, lambda: run.signal)):
@@ -1140,7 +1146,7 @@ def main(args: Args) -> Path:
                 "agent": agent.state_dict(), "buffer": buffer.state_dict(), "agent_step": agent_step,
                 "updates_due": updates_due, "evaluation_due": evaluation_due, "episode": episode,
                 "episode_actions": episode_actions, "episode_return": episode_return,
-                "observation": torch.from_numpy(observation), "recent_returns": list(recent_returns),
+                "observation": torch.from_numpy(observation), "recent": list(recent),
             })  # fmt: skip
         if run.signal:
             run.stop()
@@ -1164,7 +1170,7 @@ def main(args: Args) -> Path:
             episode_actions.append(action.tolist())
             episode_return += reward
             if terminated or truncated:
-                recent_returns.append(episode_return)
+                recent.append((episode_return, len(episode_actions)))
                 episode, episode_return, episode_actions = episode + 1, 0.0, []
                 observation = start_episode()
         except OSError as error:

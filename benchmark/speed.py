@@ -613,7 +613,7 @@ def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
 
 # PLAS from pixels ----------------------------------------------------------------------------------------------------
 class PlainPLAS:
-    """`plas_pixels.PLAS` without its fast path: float pictures, a pass of the encoder for each loss, plain Adam."""
+    """`plas_pixels.PLAS` without its fast path: float pictures, a pass of the encoder for each loss."""
 
     def __init__(self, agent: plas_pixels.PLAS, env: gym.Env, dataset: plas_pixels.Dataset) -> None:
         """Start from the weights of `agent`; `dataset` is held as floats."""
@@ -622,10 +622,6 @@ class PlainPLAS:
             own = getattr(self.agent, name)
             own.load_state_dict(module.state_dict())
             own.to(memory_format=torch.contiguous_format)
-        for name in ("encoder_optimizer", "critic_optimizer", "vae_optimizer", "policy_optimizer"):
-            optimizer = getattr(self.agent, name)
-            if optimizer is not None:
-                optimizer.param_groups[0]["fused"] = False
         self.images, self.dataset = dataset.images.float(), dataset
 
     def batch(self, index: Tensor) -> plas_pixels.Batch:
@@ -650,7 +646,7 @@ class PlainPLAS:
             decoded = agent.picture_decoder(agent.encoder(batch.observation))
             F.mse_loss(decoded, batch.observation / 255.0 - 0.5).backward()
         with torch.no_grad():  # before the encoder moves, as in the fast form
-            feature, vae_feature = agent.encoder(batch.observation), agent.vae_encoder(batch.observation)
+            feature, vae_feature = agent.views(batch.observation)
         for optimizer in optimizers:
             optimizer.step()
         if agent.args.policy == "latent":

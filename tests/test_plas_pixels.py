@@ -24,6 +24,7 @@ SCRIPT = ROOT / "plas_pixels.py"
 sys.path.insert(0, str(ROOT))
 
 import plas_pixels  # noqa: E402
+import sac_ae_pixels  # noqa: E402
 from benchmark import speed  # noqa: E402
 from plas_pixels import PLAS, SIGNALS, Args, Batch, Dataset, collect, evaluate, load, make_env, resolve  # noqa: E402
 
@@ -235,7 +236,7 @@ def env_of(height, width):
     """What a dataset is compared with."""
     space, actions = gym.spaces.Box(0, 255, (3, height, width), np.uint8), gym.spaces.Box(-1, 1, (1,))
     return SimpleNamespace(
-        observation_space=space, action_space=actions, size=(height, width), frame_stack=1, action_repeat=2
+        observation_space=space, spec=None, action_space=actions, size=(height, width), frame_stack=1, action_repeat=2
     )
 
 
@@ -272,6 +273,9 @@ def set_row(row, value):
 
 BAD_DATA = {
     "missing": (lambda c: c.pop("reward"), "lacks reward"),
+    "scalar": (lambda c: c.update(discount=0.99), "numbers by row expected in discount"),
+    "words": (lambda c: c.update(reward=np.array(["a"] * 7)), "numbers by row expected in reward, got <U1"),
+    "two rewards": (lambda c: c.update(reward=np.zeros((7, 2))), "reward has 2 numbers in a row, 1 expected"),
     "float images": (spoil("image", lambda v: v / 255.0), "uint8 expected"),
     "flat images": (spoil("image", lambda v: v[..., 0]), "uint8 expected"),
     "fewer rows": (spoil("reward", lambda v: v[1:]), "reward has 6 rows, image has 7"),
@@ -603,6 +607,27 @@ def test_a_run_goes_on_with_its_own_dataset_only(tmp_path, monkeypatch, capsys):
     assert refused.value.code == 2 and "not the dataset" in capsys.readouterr().err
 
 
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch):
+    whole = run(tmp_path, run_name="whole")
+    for resume in (False, True):  # the resumed run's evaluation is interrupted, too
+        with monkeypatch.context() as patch:
+            real, calls = PLAS.act, []
+
+            def act(self, observation, generator, calls=calls, real=real):
+                calls.append(len(observation))
+                if len(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return real(self, observation, generator)
+
+            patch.setattr(PLAS, "act", act)
+            with pytest.raises(SystemExit) as stopped:
+                run(tmp_path, run_name="stopped", resume=resume)
+        assert stopped.value.code == 128 + signal.SIGTERM and len(calls) == 3
+        state = torch.load(tmp_path / "runs" / "stopped" / "checkpoint.pt", weights_only=True)
+        assert state["evaluation_due"] and state["eval_rows"] == []
+    assert same(whole, run(tmp_path, run_name="stopped", resume=True))
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_every_signal_runs_and_leaves_its_pictures(name, tmp_path):
     folder = run(tmp_path, run_name=name, encoder_signal=name, total_timesteps=4, pretrain_steps=2)
@@ -647,10 +672,48 @@ def test_bad_input_is_refused_with_a_line(changes, part, tmp_path, capsys):
         assert part in refused(capsys, tmp_path, **changes)
 
 
+def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, env, columns):
+    theirs = sac_ae_pixels.resolve(sac_ae_pixels.Args(
+        env_id="DotHazard-v0", image_size=28, frame_stack=1, action_repeat=1, num_layers=2, num_filters=4, hidden_dim=8,
+        total_timesteps=2_000,
+    ))  # fmt: skip
+    torch.manual_seed(0)
+    agent = sac_ae_pixels.SACAE(theirs, 2, CPU)
+    sac_ae_pixels.save_model(agent, theirs, tmp_path / "model.pt")
+    act = plas_pixels.sac_ae_policy(tmp_path / "model.pt", env)
+    pictures = np.moveaxis(columns["image"][:20], 3, 1)
+    ours = np.array([act(env, picture) for picture in pictures])
+    assert np.allclose(ours, agent.act(pictures), atol=1e-6) and ours.std(0).min() > 0.0
+    smaller = sac_ae_pixels.SACAE(theirs, 3, CPU)
+    sac_ae_pixels.save_model(smaller, theirs, tmp_path / "three.pt")
+    with pytest.raises(ValueError, match="has 3 actions, the environment 2"):
+        plas_pixels.sac_ae_policy(tmp_path / "three.pt", env)
+    theirs.frame_stack = 3
+    sac_ae_pixels.save_model(agent, theirs, tmp_path / "stack.pt")
+    with pytest.raises(ValueError, match="--frame-stack 3, not as here"):
+        plas_pixels.sac_ae_policy(tmp_path / "stack.pt", env)
+
+
+def test_data_of_another_task_are_refused(env, columns, tmp_path):
+    np.savez(tmp_path / "data.npz", env_id="DotHazard-v0", **columns)
+    assert len(load(tmp_path / "data.npz", env)[0].rows) == 400
+    np.savez(tmp_path / "data.npz", env_id="DotOther-v0", **columns)
+    with pytest.raises(ValueError, match="was made with --env-id DotOther-v0, not as here"):
+        load(tmp_path / "data.npz", env)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_collected(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(plas_pixels, "collect", lambda *_, **__: pytest.fail("collected"))
+    line = refused(capsys, tmp_path, dataset="file/new.npz", collect="random")
+    assert "cannot write file/new.npz" in line
+
+
 def test_an_unknown_signal_is_refused_by_the_command_line():
     command = [sys.executable, str(SCRIPT), "--encoder-signal", "q"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "invalid choice" in result.stderr and "reconstruction" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: --encoder-signal q: one of critic, vae, both, separate")
 
 
 def test_everything_through_the_command_line(tmp_path):

@@ -1016,6 +1016,45 @@ def test_learns_to_point_at_what_it_sees(changes, tmp_path, no_pictures):
     assert evaluations(folder)[-1]["episodic_return"] > 0.7
 
 
+class SlideEnv(gym.Env):
+    """A point on a line, shown in white: the reward is where it is, and only the time limit ends an episode."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 5}
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.taken = self.np_random.uniform(-0.9, -0.1), 0
+        return np.float32([self.place]), {}
+
+    def step(self, action):
+        self.place, self.taken = float(np.clip(self.place + 0.35 * action[0], -1, 1)), self.taken + 1
+        return np.float32([self.place]), self.place, False, self.taken == 8, {}
+
+    def render(self):
+        picture = np.zeros((32, 32, 3), np.uint8)
+        x = round((self.place + 1) * 13)
+        picture[13:18, x : x + 5] = 255
+        return picture
+
+
+def test_learns_to_slide_through_the_time_limit(tmp_path, no_pictures):
+    """Each step's reward depends on the steps before: without a value of what follows nothing is learnt but the last.
+
+    A policy that goes right at once gets 5.0 to 7.5 of 8, standing still -4 on average.
+    """
+    gym.register("PixelSlide-v0", SlideEnv)
+    try:
+        slide = {**POINT, "env_id": "PixelSlide-v0", "total_timesteps": 800, "eval_frequency": 800, "eval_episodes": 10}
+        folder = sac_ae_pixels.main(Args(**slide, runs_dir=str(tmp_path)))
+    finally:
+        del gym.registry["PixelSlide-v0"]
+    assert evaluations(folder)[-1]["episodic_return"] > 3.0
+
+
 def test_an_agent_that_has_not_learnt_does_not_point(tmp_path):
     args = resolve(Args(**POINT, runs_dir=str(tmp_path)))
     metrics, shown = sac_ae_pixels.evaluate(
@@ -1348,7 +1387,7 @@ def change(checkpoint: Path, by: Callable[[dict], object]) -> None:
 
 CHECKPOINT_KEYS = [
     "script", "arguments", "step", "eval_rows", "finished", "torch_rng", "cuda_rng", "agent", "buffer", "agent_step",
-    "updates_due", "evaluation_due", "episode", "episode_actions", "episode_return", "observation", "recent_returns",
+    "updates_due", "evaluation_due", "episode", "episode_actions", "episode_return", "observation", "recent",
 ]  # fmt: skip
 AGENT_KEYS = [
     "actor", "critic", "target_critic", "decoder", "actor_optimizer", "critic_optimizer", "alpha_optimizer",
@@ -1561,6 +1600,21 @@ def test_no_opengl_is_refused_with_what_to_install(tmp_path, capsys, monkeypatch
     line = refused(capsys, tmp_path, "OpenGL", "apt-get install libegl1", env_id="cartpole-swingup", image_size=16)
     assert "EGL" in line and "OSMesa" in line
     make_env(resolve(tiny(tmp_path)))  # what needs no OpenGL does not ask for it
+
+
+def test_an_opengl_that_does_not_work_is_refused_with_what_to_install(tmp_path, capsys, monkeypatch):
+    """The library is there, but no driver: dm_control says so when it is imported."""
+
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "shimmy":
+                raise ImportError("Cannot initialize a headless EGL display.")
+
+    monkeypatch.delitem(sys.modules, "shimmy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(sac_ae_pixels, "choose_opengl", lambda: "egl")
+    line = refused(capsys, tmp_path, "headless EGL", "apt-get install", env_id="cartpole-swingup", image_size=16)
+    assert "MUJOCO_GL=osmesa" in line and "pip install" not in line
 
 
 def test_osmesa_is_taken_where_there_is_no_egl(monkeypatch):
