@@ -120,7 +120,7 @@ class Args:
     kl_weight: float = 0.5
     """weight of the VAE's KL divergence (mean over batch and dimensions) beside the actions' squared error"""
     pretrain_steps: int = 0
-    """first gradient steps in which only the VAE is trained (and the encoder, if the VAE's loss trains it)"""
+    """first gradient steps without critics: VAE and picture decoder, and the encoder if their losses train it"""
     image_size: int = 64
     """height and width of rendered pictures; an environment or dataset whose observations are pictures keeps theirs"""
     camera_id: int | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from plot import markdown, usage_error
+from plot import bootstrap_interval, interquartile_mean, markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]
@@ -110,7 +110,10 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
 
 
 def draw(rows: list[Row], title: str) -> Figure:
-    """Return and error of Q over gradient steps: mean and every seed, a column a dataset, a colour a signal."""
+    """Return and error of Q over gradient steps, a column a dataset, a colour a signal: each seed, and their middle.
+
+    That is the interquartile mean with its 95 % bootstrap interval, at the steps that all seeds have reached.
+    """
     datasets = [name for name in DATASETS if any(row["dataset"] == name for row in rows)]
     figure = Figure(figsize=(4.6 * len(datasets), 7.0), layout="constrained")
     figure.suptitle(title)
@@ -123,9 +126,13 @@ def draw(rows: list[Row], title: str) -> Figure:
                 for seed in {row["seed"] for row in own}:
                     curve = [(int(row["step"]), float(row[name])) for row in own if row["seed"] == seed]
                     axis.plot(*zip(*curve, strict=True), color=f"C{i}", linewidth=0.6, alpha=0.4)
+                columns = [values(rows, dataset, signal, step, name) for step in steps]
+                steps_of_all = [k for k, found in enumerate(columns) if len(found) == max(map(len, columns))]
                 if steps:
-                    means = [values(rows, dataset, signal, step, name).mean() for step in steps]
-                    axis.plot(steps, means, color=f"C{i}", linewidth=2, label=signal)
+                    seeds, shown = np.stack([columns[k] for k in steps_of_all], 1), [steps[k] for k in steps_of_all]
+                    axis.plot(shown, interquartile_mean(seeds), color=f"C{i}", linewidth=2, label=signal)
+                    if len(seeds) > 1:
+                        axis.fill_between(shown, *bootstrap_interval(seeds), color=f"C{i}", alpha=0.2, linewidth=0)
         level = np.nanmean([float(row["behaviour_return"]) for row in rows if row["dataset"] == dataset])
         axes[0, column].axhline(level, color="black", linestyle="--", linewidth=1, label="behaviour")
         axes[0, column].set(title=f"dataset {dataset}", ylabel="evaluation return")
