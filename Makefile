@@ -12,10 +12,10 @@ RUN := runs/demo-$(shell date +%s)
 
 demo: .venv/installed  ## train HyAR-TD3 on Platform for a few minutes, then play 100 fresh episodes
 	.venv/bin/python hyar_td3.py --env Platform-v0 --seed 4 --total-timesteps 32500 --capture-video --run-name $(notdir $(RUN))
-	.venv/bin/python benchmark/evaluate.py $(RUN) --model best_model.pt --episodes 100 --at-least 0.9
 	@echo "curve:      $(RUN)/learning_curve.png"
 	@echo "video:      $$(ls $(RUN)/videos/*.mp4 | head -n 1)"
 	@echo "run folder: $(RUN)"
+	.venv/bin/python benchmark/evaluate.py $(RUN) --model best_model.pt --episodes 100 --at-least 0.9
 
 opengl: .venv/installed  ## what dm_control draws with, where no display is
 	@MUJOCO_GL=egl .venv/bin/python -c 'import mujoco; mujoco.GLContext(8, 8).make_current()' >/dev/null 2>&1 \

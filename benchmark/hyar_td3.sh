@@ -36,7 +36,7 @@ ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do 
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
 # A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
-ablations Goal-v0 "1 2 3"
+ablations Goal-v0 "5 4 1"
 
 table CatchPoint-v0 "1"
 for n in 4 6 8 10; do table "HardMove$n-v0" "1"; done
