@@ -448,8 +448,8 @@ class HyARTD3:
         low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
         high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
         self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
-        self.center = np.where(self.unbounded, 0.0, (low + high) / 2).astype(np.float32)
-        self.scale = np.where(self.unbounded, 1.0, (high - low) / 2).astype(np.float32)
+        low, high = np.where(self.unbounded, -1.0, low), np.where(self.unbounded, 1.0, high)
+        self.center, self.scale = ((low + high) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
         self.mask = torch.from_numpy(self.actions.mask).to(device)
 
         sizes = self.observation_dim, self.latent_action_dim

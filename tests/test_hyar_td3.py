@@ -194,6 +194,11 @@ gym.register("ToyUnrepeatable-v0", entry_point=ToyEnv, kwargs={"length": 7, "rep
 BOX2 = Box(-1, 1, (2,))
 REFUSED_SPACES = {  # id -> action space, observation space, what the message has to say
     "Unbounded-v0": (Tuple((Discrete(2), Tuple((BOX2, Box(-1, np.inf, (1,)))))), None, "action 1"),
+    "UnboundedByFloat-v0": (
+        Tuple((Discrete(1), Tuple((Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (1,)),)))),
+        None,
+        "action 0",
+    ),
     "UnboundedShared-v0": (Tuple((Discrete(2), Box(-np.inf, 1, (1,)))), None, "bounded parameters expected"),
     "UnboundedMany-v0": (
         Tuple((Discrete(1), Box(-np.arange(40, dtype=np.float32) - 0.123, np.full(40, np.inf, np.float32)))),
@@ -1753,6 +1758,7 @@ BAD_VALUES = [
     {"vae_batch_size": -64}, {"discrete_latent_dim": 0}, {"parameter_latent_dim": -1}, {"vae_update_episodes": 0},
     {"latent_range_samples": 0}, {"exploration_noise_episodes": 0}, {"learning_starts": -1}, {"vae_pretrain_steps": -1},
     {"learning_rate": -1e-3}, {"vae_learning_rate": float("nan")}, {"gamma": 1.5}, {"gamma": -0.1}, {"tau": 2.0},
+    {"policy_average": 5.0}, {"seed": 2**64},
     {"kl_weight": float("inf")}, {"noise_clip": -0.5}, {"latent_range_tail": 0.6}, {"seed": -1},
     {"vae_update_start": -1}, {"exploration_noise": -0.1}, {"relabel_threshold": -1.0},
 ]  # fmt: skip
@@ -1808,6 +1814,45 @@ def test_a_number_that_is_not_finite_ends_the_run(what, value, step, tmp_path, n
         assert state["step"] == 60
         assert all(value.isfinite().all() for value in tensors(state["agent"]).values())
         assert state["rows"].isfinite().all()
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path, no_pictures, capsys, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(content, file, *args, **kwargs):
+        calls.extend([1] * ("rows" in content))
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(content, file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert exit_status(tiny(tmp_path)) == 1
+    assert_one_line(capsys, "step 90: cannot write", "checkpoint.pt", "No space left", "the last checkpoint is")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 60
+    assert exit_status(tiny(tmp_path, resume=True)) == 0
+
+
+def test_tracking_without_wandb_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert exit_status(tiny(tmp_path, track=True)) == 2
+    assert_one_line(capsys, "--track needs wandb", "pip install wandb")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names", [("one",), ("a", "b"), lambda: None, None])
+def test_names_of_actions_are_taken_if_there_are_enough(names, monkeypatch):
+    monkeypatch.setattr(ToyEnv, "action_names", names, raising=False)
+    assert make_agent("Toy-v0", 1, **FRESH_SIZES).names == (
+        ["a", "b"] if names == ("a", "b") else ["action 0", "action 1"]
+    )
+
+
+def test_fixed_embeddings_are_kept_once(tmp_path, no_pictures):
+    at_training_step(RANDOM_STEPS + 140, send(signal.SIGTERM))
+    assert exit_status(tiny(tmp_path, discrete_embedding="one-hot")) == 143
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(state["embedding_history"]) == 2 and len(state["eval_rows"]) == 3
 
 
 @pytest.mark.parametrize("what", ["reward", "observation"])

@@ -407,6 +407,38 @@ def test_a_killed_run_ends_as_if_never_killed(tmp_path, monkeypatch, no_pictures
     assert same(whole, run(tmp_path, run_name="killed", resume=True))
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch, no_pictures, capsys):
+    """Cut, with other arguments, or with other data than the run began with."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 23, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, run_name="stopped")
+    path = tmp_path / "runs" / "stopped" / "checkpoint.pt"
+    whole = path.read_bytes()
+
+    def line(**changes) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path, run_name="stopped", resume=True, **changes)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert error.value.code == 2 and line.startswith("error: ")
+        return line
+
+    assert "hidden_dim was 8, now 9" in line(hidden_dim=9)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "checkpoint.pt is damaged" in line()
+    path.write_bytes(whole)
+    monkeypatch.setattr(wm, "collect", lambda args, config, rows, seed: games(rows, seed + 1))
+    assert "the data are not those" in line()
+    for name in ("model", "optimizer", "data"):
+        state = torch.load(path, weights_only=True)
+        del state[name]
+        torch.save(state, path)
+        with pytest.raises((KeyError, SystemExit)):
+            run(tmp_path, run_name="stopped", resume=True)
+        path.write_bytes(whole)
+
+
 def test_a_saved_model_and_a_function_are_tested_alike(tmp_path, request):
     trained = run(tmp_path, run_name="trained")
     for name in ("summary", "transitions_worst", "transitions_random"):
