@@ -1001,18 +1001,20 @@ def draw_transitions(game: Game, predict: Predict, data: Transitions, worst: boo
         for batch in data.batches():
             frame, rewards = predict(batch.obs, batch.actions)
             broken = violations(game, batch.obs, batch.actions, frame, rewards)["any"]
-            unpaid = ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
-            scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + unpaid)
+            mispaid = ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
+            scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + mispaid)
         rows = torch.cat(scores).argsort(descending=True, stable=True)[:8]
     batch = data.select(rows)
     frame, rewards = predict(batch.obs, batch.actions)
     broken = violations(game, batch.obs, batch.actions, frame, rewards)
     wrong = (frame != batch.next_obs).flatten(1).any(1)
+    mispaid = ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
     figure = Figure(figsize=(9.0, 3.2 * len(rows)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(rows), 3, squeeze=False)):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (batch.rewards, rewards))
-        title = f"predicted: {verdict or ('wrong' if wrong[row] else 'right')}\nrewards {paid}"
+        title = f"predicted: {verdict or ('wrong frame' if wrong[row] else 'right frame')}\n"
+        title += f"{'wrong ' * bool(mispaid[row])}rewards {paid}"
         draw_frame(axes[0], batch.obs[row], "frame and joint action", batch.actions[row])
         draw_frame(axes[1], batch.next_obs[row], f"true next frame\nrewards {true}")
         draw_frame(axes[2], frame[row], title, outlined=bool(verdict))
