@@ -33,6 +33,7 @@ COLUMNS = {  # heading -> where in metrics.json, factor
     "rewards % at events": ("mode", "reward_event", 100),
     "20 steps exact %": ("open_loop", "20", 100),
     "Hits@1 %": ("ranking", "hits_at_1", 100),
+    "MRR": ("ranking", "mrr", 1),
     "limit %": ("limit", None, 100),
 }
 Runs = dict[str, list[dict[str, Any]]]
@@ -61,9 +62,9 @@ def table(rows: Runs) -> str:
         cells = []
         for part, name, factor in COLUMNS.values():
             numbers = factor * values(runs, part, name)
-            digits = 6 if factor == 1 and part == "values" and name != "psnr_of_mean" else 3 if factor == 100 else 2
-            spread = f" ± {numbers.std():.{digits}f}" if len(numbers) > 1 and part != "limit" else ""
-            cells.append("–" if np.isnan(numbers).all() else f"{np.nanmean(numbers):.{digits}f}{spread}")
+            form = ".1e" if name in ("obs_mse", "reward_mse") else ".3f" if factor == 100 else ".2f"
+            spread = f" ± {numbers.std():{form}}" if len(numbers) > 1 and part != "limit" else ""
+            cells.append("–" if np.isnan(numbers).all() else f"{np.nanmean(numbers):{form}}{spread}")
         lines.append([row, str(len(runs)), *cells])
     return markdown(["row", "seeds", *COLUMNS], lines)
 
