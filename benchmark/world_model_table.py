@@ -98,9 +98,11 @@ def draw(rows: Runs) -> Figure:
             curves.plot(steps, means, marker=".", color=f"C{i}", label=row)
     bars.set_yticks(range(len(rows)), rows, fontsize=8)
     bars.invert_yaxis()
-    bars.set(xlabel="frames that break a rule of the game, rewards apart, %")
+    bars.set_xscale("symlog", linthresh=0.001)
+    bars.margins(x=0.15)
+    bars.set(xlabel="frames that break a rule of the game, rewards apart, % (logarithmic)")
     curves.axhline(100.0, color="black", linestyle="--", linewidth=1, label="limit")
-    curves.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(-3, 103))
+    curves.set(xlabel="steps without the true frame", ylabel="frames exactly right, %")
     curves.grid(alpha=0.3)
     curves.legend(fontsize=7)
     return figure
