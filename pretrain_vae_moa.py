@@ -263,14 +263,16 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
     else:
         arrays, meta = play_randomly(env, args.rows, args.max_cycles, args.data_seed)
     env.close()
+    if (games := len(arrays["split"])) < 3:
+        raise ValueError(f"--rows {args.rows} are {games} games: at least 3 are needed, to train, validate and test on")
     if stag_hunt is None:
         return arrays, meta
-    games = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
+    record = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
     try:
-        stag_hunt.save_dataset(path, games)
+        stag_hunt.save_dataset(path, record)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another --data-dir") from None
-    print(f"{args.rows:,} rows of {len(arrays['split']):,} games collected, kept in {path}")
+    print(f"{args.rows:,} rows of {games:,} games collected, kept in {path}")
     return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
 import os
+import subprocess
 import zipfile
 import zlib
 from collections import Counter
@@ -843,7 +845,11 @@ def replay(data: Dataset, episode: int, caption: Callable[[int], str]) -> Iterat
 def save_dataset(path: Path, data: Dataset) -> None:
     """Write a record: to a temporary file first, so that there is never half a record under this name."""
     hashes = {name: sha256(values) for name, values in data.arrays.items()}
-    meta = {**data.meta, "format_version": FORMAT_VERSION, "sha256": hashes}
+    git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
+    packages = {name: importlib.metadata.version(name) for name in ("numpy", "pettingzoo")}
+    about = {"format_version": FORMAT_VERSION, "sha256": hashes, "commit": commit, "packages": packages}
+    meta = {**data.meta, **about}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:

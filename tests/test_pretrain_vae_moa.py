@@ -879,7 +879,7 @@ def refused(capsys, tmp_path, args: Args, *parts: str, status=2) -> str:
         ({"learning_rate": math.nan}, ["--learning-rate nan"]),
         ({"kl_weight": math.inf}, ["--kl-weight inf"]),
         ({"rows": 0}, ["--rows 0"]),
-        ({"rows": 3}, ["split has no rows"]),
+        ({"rows": 3}, ["at least 3 are needed"]),
         ({"total_timesteps": 0}, ["--load"]),
         ({"capture_video": True, "env_id": f"{__name__}:TheirEnv", "rows": 60}, ["--capture-video"]),
         ({"resume": True, "run_name": None}, ["--run-name"]),
@@ -923,6 +923,11 @@ def test_bad_datasets_are_refused(tiny, tmp_path, capsys):
     stag_hunt.save_dataset(path, stag_hunt.Dataset({**data.arrays, "action_mask": wrong}, data.meta))
     refused(capsys, tmp_path, args, f"{count} of 400 actions are forbidden", "wrong columns")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["games.npz"]
+
+
+def test_too_few_games_are_refused(tiny, tmp_path, capsys):
+    refused(capsys, tmp_path, tiny(rows=8, data_dir=str(tmp_path / "new")), "--rows 8 are", "at least 3 are needed")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_model_of_another_shape_is_refused(finished, tiny, tmp_path, capsys, no_pictures):

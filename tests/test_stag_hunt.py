@@ -487,6 +487,13 @@ def test_strategies_that_do_not_fit_are_refused(changes, part, data):
         check_dataset(stag_hunt.Dataset(arrays, data.meta))
 
 
+def test_a_record_names_where_it_comes_from(data, tmp_path):
+    stag_hunt.save_dataset(tmp_path / "games.npz", data)
+    meta = stag_hunt.load_dataset(tmp_path / "games.npz").meta
+    assert meta["packages"]["numpy"] == np.__version__ and set(meta["packages"]) == {"numpy", "pettingzoo"}
+    assert meta["commit"] is None or len(meta["commit"]) == 40
+
+
 def test_forbidden_actions_are_counted(data, tmp_path):
     wrong = np.roll(data.arrays["action_mask"], 1, axis=1)  # sliced from the wrong columns
     forbidden = int((~wrong[np.arange(6_000), data.arrays["action"]]).sum())
