@@ -1042,8 +1042,10 @@ def resolve(args: Args, env: gym.Env) -> Args:
     }  # fmt: skip
     for name, value in asdict(args).items():
         least = 1 if name in at_least_one else 0
-        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value < 2**63):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least}, below 2**63, expected")
+        most = 2**63 - 1 if type(value) is int else math.inf
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {limits} expected")
     for name, limit in (("gamma", 1.0), ("tau", 1.0), ("policy_average", 1.0), ("latent_range_tail", 0.49)):
         if getattr(args, name) > limit:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")

@@ -1123,7 +1123,7 @@ def resolve(args: Args) -> Args:
     may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
     for name, value in asdict(args).items():
         least = 1 if type(value) is int and name not in may_be_zero else 0
-        most = 1 if name in ("gamma", "tau", "soft_minimum") else 2**63 - 1
+        most = 1 if name in ("gamma", "tau", "soft_minimum") else 2**63 - 1 if type(value) is int else math.inf
         if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
             expected = f"at most {most}" if value > most else f"a number of at least {least}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")

@@ -1262,8 +1262,9 @@ def check(args: Args) -> None:
             near = difflib.get_close_matches(value, choices, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
-        if type(value) in (int, float) and not (0 < value < 2**63 or (value == 0 and name in may_be_zero)):
-            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)}, below 2**63, expected")
+        most = 2**63 if type(value) is int else math.inf
+        if type(value) in (int, float) and not (0 < value < most or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)} below {most} expected")
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
 

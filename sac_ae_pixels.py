@@ -986,8 +986,10 @@ def resolve(args: Args) -> Args:
             setattr(args, name, value)
     for name, value in asdict(args).items():
         least = int(type(value) is int and name not in ("seed", "camera", "learning_starts", "random_shift"))
-        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value < 2**63):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least}, below 2**63, expected")
+        most = 2**63 - 1 if type(value) is int else math.inf
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {limits} expected")
     for name, limit in (("gamma", 1.0), ("tau", 1.0), ("encoder_tau", 1.0), ("random_shift", args.image_size)):
         if getattr(args, name) > limit:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")

@@ -1046,8 +1046,10 @@ def check(args: Args) -> Args:
     may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef", "learning_rate")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_zero else 1
-        if type(value) in (int, float) and not (math.isfinite(value) and least <= value < 2**63):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a number of at least {least}, below 2**63, expected")
+        most = 2**63 - 1 if type(value) is int else math.inf
+        if type(value) in (int, float) and not (math.isfinite(value) and least <= value <= most):
+            limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {limits} expected")
     if args.capture_video:
         raise ValueError("--capture-video: there is nothing to film here; the run folder's pictures show frames")
     return args

@@ -880,7 +880,7 @@ def as_dataset(path: Path, size: int, stack: int, action_dim: int, action_repeat
     """What plas_pixels.py reads from a file, in an environment of these sizes."""
     env = SimpleNamespace(
         observation_space=Box(0, 255, (3 * stack, size, size), np.uint8), action_space=Box(-1, 1, (action_dim,)),
-        size=(size, size), frame_stack=stack, action_repeat=action_repeat,
+        size=(size, size), frame_stack=stack, action_repeat=action_repeat, spec=None,
     )  # fmt: skip
     return plas_pixels.load(path, env)[0]
 
