@@ -115,7 +115,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], l
     for about in sorted(folder.glob("pretrain_vae_moa-*__*__*/args.json")):
         name, path = about.parent.name, about.parent
         variant, environment, seed = name.removeprefix("pretrain_vae_moa-").split("__")
-        if not (path / "latent.png").exists():  # the last picture that each run draws
+        if not (path / "latent.png").exists():  # drawn once, after the tables are written
             print(f"not finished, left out: {name}")
             continue
         arguments = json.loads(about.read_text())["arguments"]

@@ -271,6 +271,16 @@ def test_a_painted_action_is_at_its_players_cell(data):
     assert constant.mean(2).nonzero().tolist() == [[0, 2], [2, 6], [3, 4]] and constant.unique().tolist() == [0, 1]
 
 
+def test_who_leaves_is_read_off_the_own_actions_output():
+    """The head says 0, 1, ... for the actions and 7 for the stag; who is gone already has no action."""
+    ours = learner()
+    last = ours.model.gone_head[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.arange(8.0)
+    prediction = ours.model(frame(players=(5, None, 63, 63))[None], torch.tensor([[2, -1, 6, 4]]))
+    assert prediction.entities[0, :, -1].tolist() == [2.0, 0.0, 6.0, 4.0, 7.0]
+
+
 def test_the_mask_leaves_what_is_reachable():
     reach = learner().model.reach
     for row in range(8):
