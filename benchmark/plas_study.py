@@ -146,10 +146,10 @@ def draw(rows: list[Row], title: str) -> Figure:
 def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
     found = read_runs(args.runs)
-    args.results.mkdir(parents=True, exist_ok=True)
     environments = set(found) | {path.stem for path in args.results.glob("*.csv")}
     if not environments:
         usage_error(f"no finished runs of the study in {args.runs}; see benchmark/plas_pixels.sh")
+    args.results.mkdir(parents=True, exist_ok=True)
     for environment in sorted(environments):
         rows = merge(args.results / f"{environment}.csv", found.get(environment, []))
         text = table(rows, args.steps)

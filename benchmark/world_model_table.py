@@ -110,15 +110,16 @@ def draw(rows: Runs) -> Figure:
 
 def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
+    found = sorted(args.runs.glob("world_model_test-*__*/metrics.json"))
+    if not found and not any(args.results.glob("*__*.json")):
+        usage_error(f"no finished runs in {args.runs} and no results in {args.results}; see world_model_test.sh")
     args.results.mkdir(parents=True, exist_ok=True)
-    for path in sorted(args.runs.glob("world_model_test-*__*/metrics.json")):
+    for path in found:
         name = path.parent.name.removeprefix("world_model_test-")
         (args.results / f"{name}.json").write_text(path.read_text())
     rows: Runs = {}
     for path in sorted(args.results.glob("*__*.json")):
         rows.setdefault(path.stem.rpartition("__")[0], []).append(json.loads(path.read_text()))
-    if not rows:
-        usage_error(f"no finished runs in {args.runs} and no results in {args.results}; see world_model_test.sh")
     for name, text in (("table", table(rows)), ("events", events(rows))):
         (args.results / f"{name}.md").write_text(text)
         print(text)
