@@ -48,6 +48,7 @@ def load_agent(path: Path) -> hyar_td3.HyARTD3:
         content = torch.load(path, map_location="cpu", weights_only=True)
         args = hyar_td3.Args(**json.loads(content.pop("arguments")))
         agent = hyar_td3.HyARTD3(args, hyar_td3.make_env(args.env_id), torch.device("cpu"))
+        content.pop("critic", None)  # it does not play
         agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
     except Exception as error:  # a damaged file raises nearly anything
         usage_error(f"{path} is not a model of hyar_td3.py ({type(error).__name__})")

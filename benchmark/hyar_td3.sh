@@ -34,6 +34,8 @@ ablations() { # environment, seeds, arguments
 
 ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away?
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
+# Both as in the original code: does its VAE, of steps of another kind, learn Goal where ours is slow (seed 4)?
+ablation rebuilt-adam-limit-is-terminal Goal-v0 "4 5 1 2 3" --no-bootstrap-at-limit --rebuild-vae-optimizer
 # A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "5 4 1"
