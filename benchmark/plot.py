@@ -232,7 +232,12 @@ def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
             figure = draw_curves(f"{script} on {environment}", about.column, curve, paper)
             figure.savefig(folder / f"{environment}.png", dpi=120)
         if set(variants) - {""}:
-            curves = {name or "unchanged": seeds for name, seeds in variants.items()}
+            own = [variants[name] for name in set(variants) - {"", AVERAGED}] or variants.values()
+            end = max(rows[-1, 0] for seeds in own for rows in seeds.values())  # ablations may be shorter
+            curves = {
+                name or "unchanged": {seed: rows[rows[:, 0] <= end] for seed, rows in seeds.items()}
+                for name, seeds in variants.items()
+            }
             figure = draw_curves(f"{script} on {environment}: ablations", about.column, curves, {})
             figure.savefig(folder / f"{environment}__ablations.png", dpi=120)
 

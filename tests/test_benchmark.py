@@ -178,6 +178,22 @@ def test_a_shorter_ablation_is_compared_at_its_own_end(runs, tmp_path):
     assert short["unchanged, same seeds"] == f"{np.mean(ramp(0.9)[1:11]):.3f}"  # without the last evaluation
 
 
+def test_a_picture_of_shorter_ablations_ends_with_them(tmp_path, monkeypatch):
+    full, short = (np.array([[step, 0.5, 0.5] for step in range(100, end, 100)]) for end in (1_300, 500))
+    drawn = []
+
+    def draw_curves(title, column, curves, paper):
+        drawn.append({label: seeds[1][-1, 0] for label, seeds in curves.items()})
+        return plot.Figure()
+
+    monkeypatch.setattr(plot, "draw_curves", draw_curves)
+    results = {("Platform-v0", ""): {1: full}, ("Platform-v0", plot.AVERAGED): {1: full}}
+    plot.draw_all("hyar_td3", tmp_path, {**results, ("Platform-v0", "short"): {1: short}})
+    assert drawn[1] == {"unchanged": 400, plot.AVERAGED: 400, "short": 400}
+    plot.draw_all("hyar_td3", tmp_path, results)
+    assert drawn[3] == {"unchanged": 1_200, plot.AVERAGED: 1_200}
+
+
 def test_results_of_several_machines_grow_together(runs, tmp_path, capsys):
     results = tmp_path / "results"
     collect(runs, results)
