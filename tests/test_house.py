@@ -161,7 +161,7 @@ def test_every_flag_of_every_written_command_exists():
 
 
 OTHER_PROGRAMS = re.compile(
-    r"\b(sbatch|srun|pip|apt|apt-get|git|xargs|wandb|pytest|ruff|plot\.py|speed\.py|evaluate\.py)\b"
+    r"\b(sbatch|srun|pip|apt|apt-get|git|xargs|wandb|pytest|ruff|plot\.py|speed\.py|evaluate\.py|moa\.py)\b"
 )
 
 
