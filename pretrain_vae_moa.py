@@ -1357,7 +1357,7 @@ def main(args: Args) -> Path:
     run = Run(args)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_num_threads(1)  # the same sums on any machine; two runs side by side use two cores better than one run
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not pay; OMP_NUM_THREADS=1 for runs side by side
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     model = MOA(args, records.sizes, device)

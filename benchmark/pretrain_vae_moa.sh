@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints the jobs of the table of pretrain_vae_moa.py, one a line, the most wanted first.
-# All of them:      bash benchmark/pretrain_vae_moa.sh | xargs -P 2 -d '\n' -n 1 sh -c
-# Some of them:     bash benchmark/pretrain_vae_moa.sh | grep history | xargs ...
+# All of them:      bash benchmark/pretrain_vae_moa.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
+# Some of them:     bash benchmark/pretrain_vae_moa.sh | grep history | OMP_NUM_THREADS=1 xargs ...
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/pretrain_vae_moa.sh
 # Running the list again finishes what is missing; `python benchmark/moa.py table` makes the table.
 runs=${RUNS:-runs}
