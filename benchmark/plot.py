@@ -6,13 +6,15 @@
 Reads run folders as `benchmark/<script>.sh` names them: `<script>__<environment>__<seed>` for the results table and
 `<script>-<ablation>__<environment>__<seed>` for an ablation. Writes to benchmark/results/<script>/: for each
 environment `<environment>.csv` and `.png`; for each ablation `<environment>__<ablation>.csv`, and all of them in
-`<environment>__ablations.png`; `table.md` and `ablations.md`. What the CSV files already hold of other seeds stays
+`<environment>__ablations.png`; `<environment>__reconstruction.png`, what the autoencoder of the first finished run has
+learnt, if the script has one; `table.md` and `ablations.md`. What the CSV files already hold of other seeds stays
 there, so that results can be collected from several machines.
 """
 
 import csv
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -93,12 +95,13 @@ Seeds = dict[int, np.ndarray]  # the evaluations of each seed: rows (T, 3) of st
 
 
 class Runs(NamedTuple):
-    """What run folders hold: curves of finished and of other runs, evaluation episodes, names of the unfinished."""
+    """What run folders hold: curves of finished and other runs, evaluation episodes, unfinished names, pictures."""
 
     finished: dict[Key, Seeds]
     unfinished: dict[Key, Seeds]
     episodes: dict[Key, set[int]]
     left_out: list[str]
+    reconstructions: dict[str, Path]
 
 
 def usage_error(message: str) -> NoReturn:
@@ -117,7 +120,7 @@ def read_columns(path: Path, names: Iterable[str]) -> np.ndarray:
 
 def read_runs(script: str, folder: Path) -> Runs:
     """Read all run folders of `script` in `folder`; other folders are passed over."""
-    runs = Runs({}, {}, {}, [])
+    runs = Runs({}, {}, {}, [], {})
     for about in sorted(folder.glob(f"{script}*__*/args.json")):
         name, run = about.parent.name, json.loads(about.read_text())
         ablation = name.split("__")[0].removeprefix(script)
@@ -141,6 +144,9 @@ def read_runs(script: str, folder: Path) -> Runs:
                 usage_error(f"{about.parent} is a second run of {key[0]}, seed {arguments['seed']}; move one away")
             curves[arguments["seed"]] = rows
             runs.episodes.setdefault(key, set()).add(arguments["eval_episodes"])
+            picture = about.with_name("reconstruction.png")
+            if finished and not variant and picture.exists():
+                runs.reconstructions.setdefault(f"{key[0]}__reconstruction.png", picture)
     return runs
 
 
@@ -342,6 +348,8 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder, collected)
     draw_all(script, folder, drawn)
+    for name, picture in found.reconstructions.items():
+        shutil.copyfile(picture, folder / name)
     tables = {"table.md": results_table(script, collected, found.episodes)}
     if any(ablation for _, ablation in collected):
         tables["ablations.md"] = ablations_table(script, collected)
