@@ -5,8 +5,9 @@
 
 Reads the run folders that `benchmark/plas_pixels.sh` names, `plas_pixels-<signal>-<dataset>__<environment>__<seed>`.
 Writes to benchmark/results/plas_pixels/: `<environment>.csv` (every evaluation of every run), `<environment>.md` (means
-and standard deviations over seeds at fixed steps) and `<environment>.png` (curves). What the CSV file already holds of
-other runs stays there, so that results can be collected from several machines.
+and standard deviations over seeds at fixed steps; the primary measures' differences, with intervals) and
+`<environment>.png` (curves). What the CSV file already holds of other runs stays there, so that results can be
+collected from several machines.
 """
 
 import csv
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import tyro
 from matplotlib.figure import Figure
 from plot import bootstrap_interval, interquartile_mean, markdown, usage_error
@@ -28,6 +30,7 @@ COLUMNS = {  # of eval.csv, and of the table
     "prior_action_error": "prior action error", "probe_r2": "probe R²", "encoder_gradient_critic": "critic's gradient",
     "encoder_gradient_vae": "VAE's gradient", "encoder_gradient_cosine": "cosine",
 }  # fmt: skip
+PRIMARY, REFERENCE = ["episodic_return", "q_error"], "both"
 LEVELS = ["behaviour_return", "random_return", "expert_return"]
 Row = dict[str, str]
 
@@ -89,8 +92,24 @@ def mean_and_std(column: np.ndarray) -> str:
     return f"{np.nanmean(column):.2f}" + (f" ± {np.nanstd(column):.2f}" if len(column) > 1 else "")
 
 
+def difference(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> str:
+    """`signal` minus REFERENCE, paired by seed: the mean and its 95 % interval by Student's t, from two seeds on."""
+    pairs: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["dataset"] == dataset and int(row["step"]) == step and row["signal"] in (signal, REFERENCE):
+            pairs.setdefault(row["seed"], {})[row["signal"]] = float(row[column])
+    differences = np.array([pair[signal] - pair[REFERENCE] for pair in pairs.values() if len(pair) == 2])
+    if not len(differences):
+        return "–"
+    text = f"{differences.mean():.1f}"
+    if len(differences) > 1:
+        half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
+        text += f" [{differences.mean() - half:.1f}, {differences.mean() + half:.1f}]"
+    return text
+
+
 def table(rows: list[Row], steps: tuple[int, ...]) -> str:
-    """Mean and standard deviation over seeds, in Markdown."""
+    """Mean and standard deviation over seeds, then the differences from REFERENCE, in Markdown."""
     parts = []
     for dataset in [name for name in DATASETS if any(row["dataset"] == name for row in rows)]:
         own = [row for row in rows if row["dataset"] == dataset]
@@ -106,6 +125,14 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
                     lines.append([signal, f"{step:,}", str(len(cells[0])), *text])
         header = ["encoder trained by", "steps", "seeds", *COLUMNS.values()]
         parts.append(f"Dataset {dataset}. Mean returns: {', '.join(levels)}.\n\n{markdown(header, lines)}")
+        trained = {line[0] for line in lines}
+        others = [signal for signal in SIGNALS if signal in trained - {REFERENCE}]
+        if REFERENCE in trained and others:
+            measures = [(name, step) for name in PRIMARY for step in steps]
+            header = [f"minus {REFERENCE}", *(f"{COLUMNS[name]}, {step:,}" for name, step in measures)]
+            cells = [[difference(own, dataset, signal, step, name) for name, step in measures] for signal in others]
+            lines = [[signal, *text] for signal, text in zip(others, cells, strict=True)]
+            parts.append(f"Differences by seed, mean and 95 % interval.\n\n{markdown(header, lines)}")
     return "\n".join(parts)
 
 
