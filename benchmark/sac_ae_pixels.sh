@@ -23,9 +23,9 @@ ablation() { # name, environment, seeds, arguments
 # From pixels to a solved pendulum in minutes; in float32 and in bfloat16.
 pendulum() { # name, arguments
     for seed in 1 2 3; do
-        job "sac_ae_pixels$1__Pendulum-v1__$seed" --env Pendulum-v1 --seed $seed --image-size 32 --action-repeat 2 \
-            --num-layers 2 --num-filters 16 --hidden-dim 256 --batch-size 64 --total-timesteps 8000 \
-            --eval-frequency 1000 "${@:2}"
+        job "sac_ae_pixels$1__Pendulum-v1__$seed" --env Pendulum-v1 --seed $seed --image-size 24 --action-repeat 2 \
+            --num-layers 2 --num-filters 16 --hidden-dim 256 --batch-size 64 --gamma 0.95 --total-timesteps 20000 \
+            --eval-frequency 2000 "${@:2}"
     done
 }
 
