@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints the jobs of the study in docs/plas_pixels.md, one a line, the most wanted first.
-# All of them:      bash benchmark/plas_pixels.sh | xargs -P 2 -d '\n' -n 1 sh -c
+# All of them:      bash benchmark/plas_pixels.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/plas_pixels.sh
 # Running the list again finishes what is missing. Run names are plas_pixels-<signal>-<dataset>__<environment>__<seed>.
 # The last jobs need what the first one leaves: begun before it has ended, they fail with a line, and need a second run

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints the jobs of the results table and the ablations of sac_ae_pixels.py, one a line, the most wanted first.
-# All of them:      bash benchmark/sac_ae_pixels.sh | xargs -P 2 -d '\n' -n 1 sh -c
-# Some of them:     bash benchmark/sac_ae_pixels.sh | grep Pendulum | xargs ...
+# All of them:      bash benchmark/sac_ae_pixels.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
+# Some of them:     bash benchmark/sac_ae_pixels.sh | grep Pendulum | OMP_NUM_THREADS=1 xargs ...
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/sac_ae_pixels.sh
 # Running the list again finishes what is missing.
 runs=${RUNS:-runs}
