@@ -25,6 +25,14 @@ for seed in 1 2 3 4 5; do
     done
 done
 
+# Do the critics alone catch up with four times the data, or with four times the training?
+for seed in 1 2 3; do
+    for signal in critic both; do
+        job $signal medium-60k DotHazard-v0 $seed --dataset medium --collect-steps 60000 --eval-episodes 100
+        job $signal medium-long DotHazard-v0 $seed --dataset medium --total-timesteps 40000 --eval-episodes 100
+    done
+done
+
 # Medium: 15,000 steps of the agent's last policy, collected by the first of these jobs. Mixed: all that it has seen.
 for seed in 1 2; do
     for signal in both critic vae; do

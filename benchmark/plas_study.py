@@ -23,7 +23,7 @@ from plot import bootstrap_interval, interquartile_mean, markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]
-DATASETS = ["random", "medium", "mixed", "expert"]
+DATASETS = ["random", "medium", "mixed", "expert", "medium-60k", "medium-long"]  # the last two: more data, more steps
 KEY = ["dataset", "signal", "seed", "step"]
 COLUMNS = {  # of eval.csv, and of the table
     "episodic_return": "return", "q_error": "Q error (MSE)", "q_bias": "Q bias", "q_correlation": "Q corr.",
@@ -43,7 +43,7 @@ class Args:
     """the folder with the run folders"""
     results: Path = ROOT / "benchmark" / "results" / "plas_pixels"
     """the folder to write to"""
-    steps: tuple[int, ...] = (2_000, 10_000)
+    steps: tuple[int, ...] = (2_000, 10_000, 40_000)
     """gradient steps at which the table compares"""
 
 
@@ -128,7 +128,8 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
         trained = {line[0] for line in lines}
         others = [signal for signal in SIGNALS if signal in trained - {REFERENCE}]
         if REFERENCE in trained and others:
-            measures = [(name, step) for name in PRIMARY for step in steps]
+            reached = [step for step in steps if any(int(row["step"]) == step for row in own)]
+            measures = [(name, step) for name in PRIMARY for step in reached]
             header = [f"minus {REFERENCE}", *(f"{COLUMNS[name]}, {step:,}" for name, step in measures)]
             cells = [[difference(own, dataset, signal, step, name) for name, step in measures] for signal in others]
             lines = [[signal, *text] for signal, text in zip(others, cells, strict=True)]
