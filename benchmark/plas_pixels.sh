@@ -25,10 +25,12 @@ for seed in 1 2 3 4 5; do
     done
 done
 
-# Do the critics alone catch up with four times the data, or with four times the training?
+# Four times the data, and four times the training: do the critics alone catch up, does the VAE still learn noise by heart?
 for seed in 1 2 3; do
-    for signal in critic both; do
+    for signal in critic separate vae both; do
         job $signal medium-60k DotHazard-v0 $seed --dataset medium --collect-steps 60000 --eval-episodes 100
+    done
+    for signal in critic both; do
         job $signal medium-long DotHazard-v0 $seed --dataset medium --total-timesteps 40000 --eval-episodes 100
     done
 done
