@@ -1775,7 +1775,7 @@ def test_every_job_is_what_its_name_says():
         assert args.bf16 == (not pendulum or name == "bf16")
         assert args.random_shift == 4 * (name == "random-shift")
         assert args.reconstruction == (name != "no-reconstruction")
-        assert args.total_timesteps == (8_000 if pendulum else 100_000)
+        assert args.total_timesteps == (20_000 if pendulum else 100_000)
         assert sac_ae_pixels.agent_steps(args) * args.action_repeat == args.total_timesteps
         environments.add(env_id)
     assert environments == {*plot.PUBLISHED["sac_ae_pixels"], "Pendulum-v1"}
