@@ -79,10 +79,15 @@ def merge(path: Path, rows: list[Row]) -> list[Row]:
     return ordered
 
 
-def values(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> np.ndarray:
-    """One number a seed."""
+def by_seed(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> dict[str, float]:
+    """One number for each seed."""
     chosen = [row for row in rows if (row["dataset"], row["signal"], int(row["step"])) == (dataset, signal, step)]
-    return np.array([float(row[column]) for row in chosen])
+    return {row["seed"]: float(row[column]) for row in chosen}
+
+
+def values(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> np.ndarray:
+    """The numbers of all seeds."""
+    return np.array(list(by_seed(rows, dataset, signal, step, column).values()))
 
 
 def mean_and_std(column: np.ndarray) -> str:
@@ -94,11 +99,9 @@ def mean_and_std(column: np.ndarray) -> str:
 
 def difference(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> str:
     """`signal` minus REFERENCE, paired by seed: the mean and its 95 % interval by Student's t, from two seeds on."""
-    pairs: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["dataset"] == dataset and int(row["step"]) == step and row["signal"] in (signal, REFERENCE):
-            pairs.setdefault(row["seed"], {})[row["signal"]] = float(row[column])
-    differences = np.array([pair[signal] - pair[REFERENCE] for pair in pairs.values() if len(pair) == 2])
+    reference = by_seed(rows, dataset, REFERENCE, step, column)
+    own = by_seed(rows, dataset, signal, step, column)
+    differences = np.array([value - reference[seed] for seed, value in own.items() if seed in reference])
     if not len(differences):
         return "–"
     text = f"{differences.mean():.1f}"

@@ -150,14 +150,13 @@ def test_csv_files_hold_the_finished_runs_sorted(runs, tmp_path):
 
 
 def test_the_first_finished_runs_reconstruction_is_kept(runs, tmp_path):
-    for name in ("__Platform-v0__4", "__Platform-v0__2", "__Platform-v0__10", "-no-kl__Goal-v0__1", "__Goal-v0__1"):
-        folder = runs / f"hyar_td3{name}"
-        folder.mkdir(exist_ok=True)
-        (folder / "reconstruction.png").write_text(name)
+    make_run(runs, "hyar_td3__Goal-v0__0", "Goal-v0", 0, curve(ramp(0.0)[:5]))  # not finished
+    for name in ("__Platform-v0__2", "__Platform-v0__10", "-no-kl__Platform-v0__1", "__Goal-v0__0", "__Goal-v0__1"):
+        (runs / f"hyar_td3{name}" / "reconstruction.png").write_text(name)
     folder = collect(runs, tmp_path / "results")
     kept = {path.name: path.read_text() for path in folder.glob("*__reconstruction.png")}
     assert kept == {
-        "Platform-v0__reconstruction.png": "__Platform-v0__10",  # the first in the alphabet; 4 is not finished
+        "Platform-v0__reconstruction.png": "__Platform-v0__10",  # the first in the alphabet, an ablation aside
         "Goal-v0__reconstruction.png": "__Goal-v0__1",
     }
 
