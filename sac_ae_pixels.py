@@ -8,7 +8,7 @@ https://arxiv.org/abs/1910.01741
 
     python sac_ae_pixels.py --env cartpole-swingup --total-timesteps 100000 --bf16
     python sac_ae_pixels.py --env ball_in_cup-catch --random-shift 4 --capture-video
-    python sac_ae_pixels.py --env Pendulum-v1 --image-size 32 --action-repeat 2 --run-name mine --resume
+    python sac_ae_pixels.py --env walker-walk --run-name mine --resume
 
 Docs: docs/sac_ae_pixels.md
 """
@@ -973,6 +973,7 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
     axes.plot(steps, mean, marker=".")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.set(xlabel="environment steps", ylabel="evaluation return")
+    axes.locator_params(axis="x", nbins=5)  # numbers of six digits do not touch
     axes.grid(alpha=0.3)
     return figure
 

@@ -154,7 +154,7 @@ def draw(rows: list[Row], title: str) -> Figure:
             own = [row for row in rows if (row["dataset"], row["signal"]) == (dataset, signal)]
             steps = sorted({int(row["step"]) for row in own})
             for axis, name in zip(axes[:, column], ("episodic_return", "q_error"), strict=True):
-                for seed in {row["seed"] for row in own}:
+                for seed in sorted({row["seed"] for row in own}):
                     curve = [(int(row["step"]), float(row[name])) for row in own if row["seed"] == seed]
                     axis.plot(*zip(*curve, strict=True), color=f"C{i}", linewidth=0.6, alpha=0.4)
                 columns = [values(rows, dataset, signal, step, name) for step in steps]
