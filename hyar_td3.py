@@ -1177,7 +1177,11 @@ def main(args: Args) -> Path:
         buffer.rows[: buffer.size] = state["rows"]
         observation = reset_episode(env, args, episode, run, step)
         for k, *x in episode_actions:  # replay the interrupted episode up to here
-            observation = env.step(agent.actions.to_environment(int(k), np.array(x, np.float32)))[0]
+            action = agent.actions.to_environment(int(k), np.array(x, np.float32))
+            observation, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                observation = None  # it had not ended
+                break
         if not np.array_equal(observation, state["observation"].numpy()):
             print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []

@@ -255,10 +255,19 @@ def make_env(args: Args) -> PixelEnv:
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
+class Output(nn.Linear):
+    """A linear layer that computes in float32 whatever autocast says: values of Q need more than bfloat16's 8 bits."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs) float32."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            return super().forward(inputs.float())
+
+
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
     hidden_layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return nn.Sequential(*hidden_layers, nn.Linear(hidden, outputs))
+    return nn.Sequential(*hidden_layers, Output(hidden, outputs))
 
 
 class Encoder(nn.Module):
@@ -311,11 +320,11 @@ class ActorVAE(nn.Module):
 
     def decode(self, feature: Tensor, latent: Tensor) -> Tensor:
         """Actions (B, A) in (-1, 1)."""
-        return torch.tanh(self.decoder(torch.cat((feature, latent), 1)).float())
+        return torch.tanh(self.decoder(torch.cat((feature, latent), 1)))
 
     def forward(self, feature: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructed actions (B, A), mean and standard deviation (B, L); `noise` (B, L) is standard normal."""
-        mean, log_std = self.encoder(torch.cat((feature, action), 1)).float().chunk(2, 1)
+        mean, log_std = self.encoder(torch.cat((feature, action), 1)).chunk(2, 1)
         std = log_std.clamp(-4.0, 15.0).exp()
         return self.decode(feature, mean + std * noise), mean, std
 
@@ -331,7 +340,7 @@ class LatentPolicy(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """The latent action of each state."""
-        return self.bound * torch.tanh(self.network(feature).float())
+        return self.bound * torch.tanh(self.network(feature))
 
 
 class Critic(nn.Module):
@@ -346,11 +355,11 @@ class Critic(nn.Module):
     def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Both values (2, B)."""
         inputs = torch.cat((feature, action), 1)
-        return torch.stack((self.q1(inputs)[:, 0], self.q2(inputs)[:, 0])).float()
+        return torch.stack((self.q1(inputs)[:, 0], self.q2(inputs)[:, 0]))
 
     def first(self, feature: Tensor, action: Tensor) -> Tensor:
         """The first value alone (B,), which the policy climbs."""
-        return self.q1(torch.cat((feature, action), 1))[:, 0].float()
+        return self.q1(torch.cat((feature, action), 1))[:, 0]
 
 
 # Dataset -------------------------------------------------------------------------------------------------------------
@@ -433,7 +442,7 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in names if name in file}
             made_with = {name: file[name].item() for name in ("action_repeat", "frame_stack", "env_id") if name in file}
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: it is encrypted
         raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
@@ -445,9 +454,10 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
 
     missing = {"image", "action", "reward"} - set(columns)
     need(not missing, f" lacks {', '.join(sorted(missing))}; image, action and reward are needed")
-    image, action, rows = columns["image"], columns["action"], len(columns["image"])
+    image, action = columns["image"], columns["action"]
     expected = f"image (rows, height, width, 3) of uint8 expected, got {image.dtype} {image.shape}"
     need(image.dtype == np.uint8 and image.ndim == 4 and image.shape[3] == 3, f": {expected}")
+    rows = len(image)
     for name, values in columns.items():
         need(
             values.dtype.kind in "biuf" and values.ndim > 0, f": numbers by row expected in {name}, got {values.dtype}"
@@ -466,10 +476,14 @@ def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     terminal = columns.get("is_terminal", np.zeros(rows))
     discount = columns.get("discount", 1.0 - terminal).reshape(rows)
     columns = {"action": action, "reward": columns["reward"].reshape(rows), "discount": discount}
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        columns = {name: values.astype(np.float32) for name, values in columns.items()}
     for name, values in columns.items():  # some first rows hold nan, since nothing led to them
         bad = ~np.isfinite(values[~first]).reshape(rows - first.sum(), -1).all(1)
         need(not bad.any(), f": {int(bad.sum())} of {len(bad)} values of {name} are not finite")
-    beyond = np.abs(action[~first]).max(1) - 1.0
+    probability = ((columns["discount"] >= 0.0) & (columns["discount"] <= 1.0))[~first].all()
+    need(probability, ": discount and is_terminal between 0 and 1 expected")
+    beyond = np.abs(columns["action"][~first]).max(1) - 1.0
     outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
     need(beyond.max() <= 1e-4, f": {outside}")
     return {"image": image, "is_first": first, **columns}
@@ -479,8 +493,8 @@ def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
     """Read an npz file, or all of a folder in the order of their names. Returns the dataset and its sha256.
 
     Columns: `image` (M, H, W, 3) uint8, `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal`
-    (M,), `is_first` (M,) (a file without it is one episode); the numbers `action_repeat` and `frame_stack` are
-    compared with those of `env`. Raises ValueError with one line about what is wrong.
+    (M,), `is_first` (M,) (a file without it is one episode); `action_repeat`, `frame_stack` and `env_id` are
+    compared with those of `env`, if they are there. Raises ValueError with one line about what is wrong.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files or not files[0].exists():
@@ -849,8 +863,9 @@ def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
     path, policy = Path(args.dataset), args.collect
     if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
         path, policy = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
-    elif not path.exists() and policy and path.suffix != ".npz":
-        path = path.with_name(path.name + ".npz")
+    elif not path.exists() and path.suffix != ".npz":
+        named = path.with_name(path.name + ".npz")
+        path = named if policy or named.exists() else path
     if not path.exists() and policy:
         print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
         about = {"action_repeat": args.action_repeat, "env_id": env.spec.id}
@@ -1160,7 +1175,8 @@ def main(args: Args) -> Path:
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_num_threads(1)
+    if max(env.size) < 64:
+        torch.set_num_threads(1)  # these products are too small for two threads
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent, dataset = PLAS(args, env, device), dataset.to(device)

@@ -283,10 +283,19 @@ def initialise(module: nn.Module) -> None:
         nn.init.orthogonal_(module.weight.data[:, :, 1, 1], nn.init.calculate_gain("relu"))
 
 
+class Output(nn.Linear):
+    """A linear layer that computes in float32 whatever autocast says: values of Q need more than bfloat16's 8 bits."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs) float32."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            return super().forward(inputs.float())
+
+
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
     layers = nn.Linear(inputs, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
-    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+    return nn.Sequential(*layers, Output(hidden, outputs))
 
 
 class Encoder(nn.Module):
@@ -378,7 +387,7 @@ class Actor(nn.Module):
 
         Where the noise is 0, the action is the mean's.
         """
-        return squashed_gaussian(self.trunk(self.encoder.head(features)).float(), noise)
+        return squashed_gaussian(self.trunk(self.encoder.head(features)), noise)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Everything but the tied convolutions, which the actor's loss must never move."""
@@ -398,7 +407,7 @@ class Critic(nn.Module):
     def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Both values (B,), of features (B, F) and actions (B, A)."""
         inputs = torch.cat((self.encoder.head(features), action), 1)
-        return self.q1(inputs).float()[:, 0], self.q2(inputs).float()[:, 0]
+        return self.q1(inputs)[:, 0], self.q2(inputs)[:, 0]
 
 
 # Replay buffer -------------------------------------------------------------------------------------------------------
@@ -481,7 +490,7 @@ class ReplayBuffer:
         self.values[: len(state["values"])] = state["values"]
         self.origins[: len(state["origins"])] = state["origins"]
 
-    def save_episodes(self, path: Path, action_repeat: int) -> None:
+    def save_episodes(self, path: Path, action_repeat: int, env_id: str) -> None:
         """Write all transitions to an npz file as plas_pixels.py reads them; nothing may have been overwritten.
 
         As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (S, S, 3) and what led to
@@ -497,6 +506,7 @@ class ReplayBuffer:
             "image": self.frames.numpy()[slots].transpose(0, 2, 3, 1), "action": values[:, :-2],
             "reward": values[:, -2], "is_first": is_first, "is_last": np.roll(is_first, -1),
             "is_terminal": values[:, -1] > 0.0, "action_repeat": action_repeat, "frame_stack": self.stack,
+            "env_id": env_id,
         }  # fmt: skip
         write_atomically(path, lambda file: np.savez(file, **columns))
 
@@ -1110,7 +1120,10 @@ def main(args: Args) -> Path:
         buffer.load_state_dict(state["buffer"])
         observation, _ = env.reset(seed=episode_seed(args.seed, episode))
         for action in episode_actions:  # replay the interrupted episode up to here
-            observation = env.step(np.array(action, np.float32))[0]
+            observation, _, terminated, truncated, _ = env.step(np.array(action, np.float32))
+            if terminated or truncated:
+                observation = None  # it had not ended
+                break
         if not np.array_equal(observation, state["observation"].numpy()):
             print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []
@@ -1144,14 +1157,15 @@ def main(args: Args) -> Path:
                 run.log_figure(step, "reconstruction", figure)
             if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
                 save_model(agent, args, run.folder / "best_model.pt")
-        if saving or run.signal:
+        stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+        if saving or stopping:
             run.save_checkpoint(step, {
                 "agent": agent.state_dict(), "buffer": buffer.state_dict(), "agent_step": agent_step,
                 "updates_due": updates_due, "evaluation_due": evaluation_due, "episode": episode,
                 "episode_actions": episode_actions, "episode_return": episode_return,
                 "observation": torch.from_numpy(observation), "recent": list(recent),
             })  # fmt: skip
-        if run.signal:
+        if stopping:
             run.stop()
         if last:
             break
@@ -1189,7 +1203,7 @@ def main(args: Args) -> Path:
     replay = run.folder / "replay.npz"
     if args.save_replay and not run.signal and not replay.exists():
         try:
-            buffer.save_episodes(replay, repeat)
+            buffer.save_episodes(replay, repeat, env.spec.id)
         except (OSError, MemoryError) as error:
             run.fail(f"step {step}: cannot write {replay}: {error}")
     if run.signal:

@@ -36,8 +36,10 @@ ablation random-shift cartpole-swingup 1 --random-shift 4
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16
+ablation no-reconstruction cartpole-swingup 1 --no-reconstruction
 for environment in finger-spin walker-walk reacher-easy cheetah-run; do
     table $environment 1
+    ablation no-reconstruction $environment 1 --no-reconstruction
     ablation random-shift $environment 1 --random-shift 4
 done
 for seed in 2 3 4 5; do

@@ -273,6 +273,7 @@ def set_row(row, value):
 
 BAD_DATA = {
     "missing": (lambda c: c.pop("reward"), "lacks reward"),
+    "a number": (spoil("image", 3), "uint8 expected, got int64 ()"),
     "scalar": (lambda c: c.update(discount=0.99), "numbers by row expected in discount"),
     "words": (lambda c: c.update(reward=np.array(["a"] * 7)), "numbers by row expected in reward, got <U1"),
     "two rewards": (lambda c: c.update(reward=np.zeros((7, 2))), "reward has 2 numbers in a row, 1 expected"),
@@ -282,6 +283,9 @@ BAD_DATA = {
     "flat actions": (spoil("action", lambda v: v[:, 0]), "action (rows, size) expected"),
     "wide actions": (spoil("action", set_row(2, 1.5)), "1 actions are outside of [-1, 1], by up to 0.5"),
     "nan": (spoil("reward", set_row(3, np.inf)), "1 of 5 values of reward are not finite"),
+    "too large": (spoil("reward", lambda v: v.astype(float) * 1e300), "values of reward are not finite"),
+    "bytes": (spoil("action", lambda v: np.full(v.shape, -128, np.int8)), "5 actions are outside of [-1, 1]"),
+    "discounts": (spoil("discount", set_row(2, 5.0)), "between 0 and 1 expected"),
     "no start": (spoil("is_first", set_row(0, False)), "first row"),
     "empty episode": (spoil("is_first", set_row(6, True)), "1 episodes have a length of 0"),
     "other size": (spoil("image", lambda v: v.repeat(2, 1)), "images (8, 5, 3)"),
@@ -301,6 +305,15 @@ def test_bad_data_is_refused_with_a_line(change, part, tmp_path):
     with pytest.raises(ValueError) as error:
         load(tmp_path / "data.npz", env_of(4, 5))
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_encrypted_file_is_refused(tmp_path):
+    np.savez(tmp_path / "data.npz", **numbered([3]))
+    content = (tmp_path / "data.npz").read_bytes()
+    flags = content.index(b"PK\x01\x02") + 8  # of the first array, in the list of contents
+    (tmp_path / "data.npz").write_bytes(content[:flags] + b"\x01" + content[flags + 1 :])
+    with pytest.raises(ValueError, match=r"not an npz file \(RuntimeError\)"):
+        load(tmp_path / "data.npz", env_of(4, 5))
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -439,12 +452,18 @@ def test_the_target_is_the_formula(env, columns):
             assert abs(expected - float(target[i])) < 1e-5
 
 
-def test_bf16_changes_losses_by_rounding_only(env, columns):
+def test_bf16_changes_losses_and_gradients_by_rounding_only(env, columns):
     plain, rounded = make_agent(env), make_agent(env, bf16=True)
     batch, noise = make_batch(columns), plain.draw_noise(8)
     a, b = plain.update(batch, noise), rounded.update(batch, noise)
     assert all(abs(float(a[name] - b[name])) < 0.03 * (1.0 + abs(float(a[name]))) for name in a)
+    for ours, theirs in zip(rounded.encoder.parameters(), plain.encoder.parameters(), strict=True):
+        assert F.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0) > 0.8
     assert {value.dtype for value in rounded.encoder.state_dict().values()} == {torch.float32}
+    rounded.critic.q1[-1].bias.data.fill_(500.0)  # where bfloat16's numbers are 2 apart
+    action = torch.linspace(-1.0, 1.0, 50)[:, None].expand(-1, 2)
+    with rounded.autocast():
+        assert len(rounded.critic.first(torch.rand(1, 8).expand(50, -1), action).unique()) > 40
 
 
 def test_gradient_statistics_draw_from_no_training_stream_and_tell_the_norms(env, columns):
@@ -547,13 +566,15 @@ def same(a: Path, b: Path) -> bool:
     return rows == others and all(torch.equal(ours[n][k], theirs[n][k]) for n in nets for k in ours[n])
 
 
-@pytest.fixture(autouse=True)
-def quick_probe(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def quick_probe():
     """The probe's pictures are the longest part of so small a run."""
-    real = plas_pixels.collect
+    monkeypatch, real = pytest.MonkeyPatch(), plas_pixels.collect
     monkeypatch.setattr(plas_pixels, "collect", lambda env, policy, steps, *rest, **named: real(
         env, policy, min(steps, 400), *rest, **named
     ))  # fmt: skip
+    yield
+    monkeypatch.undo()
 
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
@@ -591,6 +612,48 @@ def test_a_killed_run_ends_as_if_never_killed(tmp_path, monkeypatch):
         run(tmp_path, run_name="killed")
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert same(whole, run(tmp_path, run_name="killed", resume=True))
+
+
+AGENT_KEYS = [
+    "encoder", "vae_encoder", "critic", "vae", "policy", "target_critic", "target_policy", "encoder_optimizer",
+    "critic_optimizer", "vae_optimizer", "policy_optimizer",
+]  # fmt: skip
+CHECKPOINT_KEYS = [
+    "script", "arguments", "step", "eval_rows", "finished", "torch_rng", "cuda_rng", "agent", "dataset", "levels",
+    "evaluation_due",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, quick_probe) -> tuple[Path, Path]:
+    """A folder with a whole run's outcome, and one with that of the same run, stopped in its 27th update."""
+    folder, here = tmp_path_factory.mktemp("stopped"), Path.cwd()
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = run(folder, run_name="whole", encoder_signal="separate")
+        stop_at(patch, 27, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(folder, run_name="run", encoder_signal="separate")
+    os.chdir(here)
+    return whole, folder
+
+
+@pytest.mark.parametrize("key", [None, *CHECKPOINT_KEYS, *(f"agent/{key}" for key in AGENT_KEYS)])
+def test_nothing_can_be_left_out_of_a_checkpoint(key, stopped, tmp_path):
+    whole, folder = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs" / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert set(state) == set(CHECKPOINT_KEYS) and set(state["agent"]) == set(AGENT_KEYS)
+    if key:
+        part, _, inner = key.rpartition("/")
+        del (state[part] if part else state)[inner]
+    torch.save(state, path)
+    try:
+        equal = same(whole, run(tmp_path, run_name="run", encoder_signal="separate", resume=True))
+    except (KeyError, SystemExit):
+        equal = False
+    assert equal == (key is None)
 
 
 def test_a_run_goes_on_with_its_own_dataset_only(tmp_path, monkeypatch, capsys):

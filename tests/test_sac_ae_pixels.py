@@ -271,6 +271,7 @@ class ToyEnv(gym.Env):
     hook: ClassVar[Callable[[ToyEnv], None] | None] = None  # called at the start of each step
     seeds: ClassVar[list[int]] = []  # reset seeds of the training environment
     actions: ClassVar[list] = []  # what the training environment was given
+    early = 0  # the length of an episode, if it is not the usual one
 
     def __init__(self, length=7, truncate=True, repeatable=True, break_at=None, size=20, render_mode=None):
         self.observation_space = Box(-1, 1, (2,))
@@ -282,7 +283,7 @@ class ToyEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.taken, self.position = 0, 0.0
+        self.taken, self.position, self.over = 0, 0.0, False
         self.target = self.np_random.uniform(-1, 1)
         if not self.repeatable:
             ToyEnv.resets += 1
@@ -292,7 +293,7 @@ class ToyEnv(gym.Env):
         return np.float32([self.position, self.target]), {}
 
     def step(self, action):
-        assert self.action_space.contains(action), action
+        assert self.action_space.contains(action) and not self.over, action
         self.total += 1
         if ToyEnv.hook:
             ToyEnv.hook(self)
@@ -303,7 +304,7 @@ class ToyEnv(gym.Env):
         reward = 1.0 - abs(self.position - self.target) - 0.001 * float(action[1])
         if self.break_at and self.number == 0 and self.total == self.break_at[0]:
             reward = self.break_at[1]
-        over = self.taken == self.length
+        over = self.over = self.taken == (ToyEnv.early or self.length)
         observation = np.float32([self.position, self.target])
         return observation, reward, over and not self.truncate, over and self.truncate, {}
 
@@ -629,9 +630,18 @@ def test_without_reconstruction_the_critic_alone_trains_the_encoder():
     assert moved(before, agent) == set(PARTS) - {"decoder"} | {"log_alpha"}
     assert "autoencoder" not in losses and {"critic", "actor"} <= set(losses)
     assert not agent.encoder_optimizer.state and not agent.decoder_optimizer.state
-    twin = small_agent(reconstruction=False)
-    twin.update_critic(scaled(twin, batch), agent.draw(batch).target)
     assert set(agent.update(batch, False, False)) == {"critic", "q_value"}
+
+
+def test_bf16_tells_large_values_of_near_actions_apart():
+    agent = small_agent(bf16=True)
+    agent.critic.q1[-1].bias.data.fill_(500.0)  # where bfloat16's numbers are 2 apart
+    latent, action = torch.rand(1, agent.args.feature_dim).expand(50, -1), torch.linspace(-1.0, 1.0, 50)
+    inputs = torch.cat((latent, action[:, None].expand(-1, agent.action_dim)), 1)
+    with agent.precision():
+        values = agent.critic.q1(inputs)
+    assert values.dtype == torch.float32 and len(values.unique()) > 40
+    assert agent.actor(torch.rand(3, agent.actor.encoder.fc.in_features), torch.zeros(3, 2))[0].dtype == torch.float32
 
 
 def test_actor_and_targets_can_wait():
@@ -836,7 +846,7 @@ def test_a_ring_keeps_the_newest_whole(lengths, tmp_path):
 def test_sampling_is_uniform_over_the_newest_transitions(tmp_path):
     torch.manual_seed(0)
     buffer, expected = filled(tmp_path / "frames", [4, 1, 7, 30], 25, 13)
-    drawn = [int(buffer.sample(500, CPU).action[i, 0]) for _ in range(20) for i in range(500)]
+    drawn = np.concatenate([buffer.sample(500, CPU).action[:, 0].numpy().astype(int) for _ in range(20)])
     counts = np.unique(drawn, return_counts=True)
     assert counts[0].tolist() == [int(row[1][0]) for row in expected[-25:]]
     deviation = (counts[1] - 400) ** 2 / 400
@@ -898,7 +908,7 @@ def test_a_saved_replay_holds_every_transition_with_its_stacks(stack, unfinished
         else:
             buffer.add(np.float32([number, -number]), number / 2, False, frame_of(number))
     buffer.values[:, :-2] /= 20_000.0  # actions are in [-1, 1]
-    buffer.save_episodes(tmp_path / "replay.npz", 4)
+    buffer.save_episodes(tmp_path / "replay.npz", 4, "PixelToy-v0")
     dataset = as_dataset(tmp_path / "replay.npz", 4, stack, 2, 4)
     batch, held = dataset.batch(torch.arange(buffer.size)), buffer.gather(torch.arange(buffer.size), CPU)
     assert len(dataset.rows) == buffer.size == sum(lengths) + unfinished
@@ -939,6 +949,7 @@ def test_a_runs_replay_is_a_dataset_that_plas_trains_on(env_id, tmp_path, no_pic
         ({"image_size": 20}, ["images (16, 16, 3)", "(20, 20, 3) and 2 in the environment", "--image-size"]),
         ({"image_size": 16, "action_repeat": 4}, ["replay.npz was made with --action-repeat 2"]),
         ({"image_size": 16, "frame_stack": 2}, ["replay.npz was made with --frame-stack 3"]),
+        ({"image_size": 16, "env_id": "PixelToyUnrepeatable-v0"}, [f"replay.npz was made with --env-id {env_id}"]),
     ):
         with pytest.raises(SystemExit) as error:
             plas_pixels.main(plas_pixels.Args(**{**common, **wrong}))
@@ -1476,11 +1487,16 @@ def test_a_checkpoint_holds_nothing_that_could_run(checkpoint, tmp_path, no_pict
     assert types(torch.load(checkpoint, weights_only=True)) <= {Tensor, int, float, bool, str, type(None)}
 
 
-def test_an_episode_that_does_not_replay_is_left(tmp_path, no_pictures, capsys):
+@pytest.mark.parametrize("early", [0, 2])
+def test_an_episode_that_does_not_replay_is_left(early, tmp_path, no_pictures, capsys, monkeypatch):
+    """It may also end before the actions do."""
     at_training_step(87, terminate_self)
     assert exit_status(tiny(tmp_path, env_id="PixelToyUnrepeatable-v0")) == 143
     ToyEnv.hook = None
-    episode = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["episode"]
+    monkeypatch.setattr(ToyEnv, "early", early)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    episode = state["episode"]
+    assert len(state["episode_actions"]) == 2
     capsys.readouterr()
     assert exit_status(tiny(tmp_path, env_id="PixelToyUnrepeatable-v0", resume=True)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "does not replay" in line]
