@@ -30,7 +30,8 @@ COLUMNS = {  # of eval.csv, and of the table
     "prior_action_error": "prior action error", "probe_r2": "probe R²", "encoder_gradient_critic": "critic's gradient",
     "encoder_gradient_vae": "VAE's gradient", "encoder_gradient_cosine": "cosine",
 }  # fmt: skip
-PRIMARY, REFERENCE = ["episodic_return", "q_error"], "both"
+PRIMARY = ["episodic_return", "q_error"]
+PAIRS = [(signal, "both") for signal in SIGNALS if signal != "both"] + [("critic", "vae")]  # differences by seed
 LEVELS = ["behaviour_return", "random_return", "expert_return"]
 Row = dict[str, str]
 
@@ -97,11 +98,10 @@ def mean_and_std(column: np.ndarray) -> str:
     return f"{np.nanmean(column):.2f}" + (f" ± {np.nanstd(column):.2f}" if len(column) > 1 else "")
 
 
-def difference(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> str:
-    """`signal` minus REFERENCE, paired by seed: the mean and its 95 % interval by Student's t, from two seeds on."""
-    reference = by_seed(rows, dataset, REFERENCE, step, column)
-    own = by_seed(rows, dataset, signal, step, column)
-    differences = np.array([value - reference[seed] for seed, value in own.items() if seed in reference])
+def difference(rows: list[Row], dataset: str, pair: tuple[str, str], step: int, column: str) -> str:
+    """One signal minus another, paired by seed: the mean and its 95 % interval by Student's t, from two seeds on."""
+    own, other = (by_seed(rows, dataset, signal, step, column) for signal in pair)
+    differences = np.array([value - other[seed] for seed, value in own.items() if seed in other])
     if not len(differences):
         return "–"
     text = f"{differences.mean():.1f}"
@@ -112,7 +112,7 @@ def difference(rows: list[Row], dataset: str, signal: str, step: int, column: st
 
 
 def table(rows: list[Row], steps: tuple[int, ...]) -> str:
-    """Mean and standard deviation over seeds, then the differences from REFERENCE, in Markdown."""
+    """Mean and standard deviation over seeds, then the differences of PAIRS, in Markdown."""
     parts = []
     for dataset in [name for name in DATASETS if any(row["dataset"] == name for row in rows)]:
         own = [row for row in rows if row["dataset"] == dataset]
@@ -129,13 +129,13 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
         header = ["encoder trained by", "steps", "seeds", *COLUMNS.values()]
         parts.append(f"Dataset {dataset}. Mean returns: {', '.join(levels)}.\n\n{markdown(header, lines)}")
         trained = {line[0] for line in lines}
-        others = [signal for signal in SIGNALS if signal in trained - {REFERENCE}]
-        if REFERENCE in trained and others:
+        pairs = [pair for pair in PAIRS if trained.issuperset(pair)]
+        if pairs:
             reached = [step for step in steps if any(int(row["step"]) == step for row in own)]
             measures = [(name, step) for name in PRIMARY for step in reached]
-            header = [f"minus {REFERENCE}", *(f"{COLUMNS[name]}, {step:,}" for name, step in measures)]
-            cells = [[difference(own, dataset, signal, step, name) for name, step in measures] for signal in others]
-            lines = [[signal, *text] for signal, text in zip(others, cells, strict=True)]
+            header = ["difference", *(f"{COLUMNS[name]}, {step:,}" for name, step in measures)]
+            cells = [[difference(own, dataset, pair, step, name) for name, step in measures] for pair in pairs]
+            lines = [[" minus ".join(pair), *text] for pair, text in zip(pairs, cells, strict=True)]
             parts.append(f"Differences by seed, mean and 95 % interval.\n\n{markdown(header, lines)}")
     return "\n".join(parts)
 

@@ -628,8 +628,11 @@ def test_results_of_the_study_grow(study):
     assert cells(text, "critic", "4,000")[2:4] == ["2", "4.00 ± 2.00"]
     assert cells(text, "both", "4,000")[3] == "28.00 ± 2.00"
     # By seed 2 - 30 and 6 - 26: mean -24 with a standard error of 4; Student's t of one degree of freedom is 12.71.
-    assert cells(text, "minus both")[1] == "return, 4,000"
-    assert cells(text[text.index("minus both") :], "critic")[1] == "-24.0 [-74.8, 26.8]"
+    assert cells(text, "difference")[1] == "return, 4,000"
+    assert cells(text, "critic minus both")[1] == "-24.0 [-74.8, 26.8]" and "minus vae" not in text
+    run_of_the_study(study / "more", "vae", 2, [3.0, 9.0])
+    plas_study.main(plas_study.Args(study / "more", results, steps=(4_000,)))
+    assert cells((results / "DotHazard-v0.md").read_text(), "critic minus vae")[1] == "-3.0"  # seed 2 has both
 
 
 @pytest.mark.parametrize("tool", [world_model_table, plas_study])
