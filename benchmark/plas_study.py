@@ -170,6 +170,7 @@ def draw(rows: list[Row], title: str) -> Figure:
         axes[1, column].set(xlabel="gradient steps", ylabel="squared error of Q", yscale="log")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
+            axis.locator_params(axis="x", nbins=5)  # long numbers do not touch
     axes[0, 0].legend(fontsize=8)
     return figure
 
@@ -185,7 +186,7 @@ def main(args: Args) -> None:
         rows = merge(args.results / f"{environment}.csv", found.get(environment, []))
         text = table(rows, args.steps)
         (args.results / f"{environment}.md").write_text(text)
-        title = f"plas_pixels on {environment}\nmeans (thick) and seeds (thin)"
+        title = f"plas_pixels on {environment}\ninterquartile means (thick) and seeds (thin)"
         draw(rows, title).savefig(args.results / f"{environment}.png", dpi=110)
         print(f"{environment}\n\n{text}")
 
