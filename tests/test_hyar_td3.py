@@ -50,6 +50,7 @@ class ToyEnv(gym.Env):
     hook: ClassVar[Callable[[ToyEnv], None] | None] = None  # called at the start of each step
     seeds: ClassVar[list[int]] = []  # reset seeds of the training environment
     actions: ClassVar[list] = []  # what the training environment was given
+    early = 0  # the length of an episode, if it is not the usual one
 
     def __init__(
         self, length=2, truncate=False, unbounded=False, repeatable=True, break_at=None, breaks=0, render_mode=None
@@ -73,7 +74,7 @@ class ToyEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.taken, self.last = 0, 0.0
+        self.taken, self.last, self.over = 0, 0.0, False
         if not self.repeatable:
             self.last = np.random.default_rng().uniform(-1, 1)
         self.draw()
@@ -88,7 +89,7 @@ class ToyEnv(gym.Env):
         return (parameters[0][0] - 5) / 5 if k == 0 else parameters[1][1] / 2
 
     def step(self, action):
-        assert self.action_space.contains(action), action
+        assert self.action_space.contains(action) and not self.over, action
         self.total += 1
         if ToyEnv.hook:
             ToyEnv.hook(self)
@@ -99,7 +100,8 @@ class ToyEnv(gym.Env):
         reward = 1.0 - abs(x - self.target) if k == self.wanted else 0.0
         self.taken, self.last = self.taken + 1, float(self.last + x) / 2
         self.draw()
-        observation, over = self.observe(), self.taken == self.length
+        over = self.over = self.taken == (ToyEnv.early or self.length)
+        observation = self.observe()
         if self.break_at and self.number == self.breaks and self.total == self.break_at[1]:
             if self.break_at[0] == "reward":
                 reward = self.break_at[2]
@@ -1612,11 +1614,15 @@ def test_a_half_used_update_is_in_the_checkpoint(interrupted, tmp_path):
     assert dues == {0, 1}
 
 
-def test_an_episode_that_does_not_replay_is_left(tmp_path, no_pictures, capsys):
+@pytest.mark.parametrize("early", [0, 2])
+def test_an_episode_that_does_not_replay_is_left(early, tmp_path, no_pictures, capsys, monkeypatch):
+    """It may also end before the actions do."""
     changes = {"env_id": "ToyUnrepeatable-v0"}
     at_training_step(RANDOM_STEPS + 53, send(signal.SIGTERM))
     assert exit_status(tiny(tmp_path, **changes)) == 143
     ToyEnv.hook = None
+    monkeypatch.setattr(ToyEnv, "early", early)
+    assert len(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["episode_actions"]) > 2
     capsys.readouterr()
     ToyEnv.seeds.clear()
     assert exit_status(tiny(tmp_path, resume=True, **changes)) == 0
