@@ -20,9 +20,11 @@ import copy
 import difflib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,9 +92,9 @@ class Args:
     dataset: str = "medium"
     """an npz file or a folder of them; DotHazard-v0 also has random, medium and expert, collected at once"""
     collect: str | None = None
-    """collect --dataset if it is missing: by random or scripted actions, or by a model.pt of sac_ae_pixels.py"""
+    """collect --dataset if it is missing: by random, medium or scripted actions, or a model.pt of sac_ae_pixels.py"""
     collect_steps: int = 15_000
-    """environment steps to collect"""
+    """transitions to collect (agent steps: an action that is repeated counts once)"""
     total_timesteps: int = 10_000
     """gradient steps"""
     encoder_signal: str = "both"
@@ -123,7 +125,7 @@ class Args:
     """first gradient steps without critics: VAE and picture decoder, and the encoder if their losses train it"""
     image_size: int = 64
     """height and width of rendered pictures; an environment or dataset whose observations are pictures keeps theirs"""
-    camera_id: int | None = None
+    camera: int | None = None
     """the camera of dm_control (default: 0; quadruped 2)"""
     action_repeat: int | None = None
     """environment steps that an action is repeated for (default: by environment)"""
@@ -151,10 +153,10 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" holds what 
     # The paper's table of SAC+AE, which these tasks are usually compared by.
     "dm_control/cartpole": {"action_repeat": 8},
     **{f"dm_control/{name}": {"action_repeat": 4} for name in ("reacher", "cheetah", "ball_in_cup")},
-    "dm_control/quadruped": {"camera_id": 2},
+    "dm_control/quadruped": {"camera": 2},
     "": {
         "gamma": 0.99, "batch_size": 128, "action_repeat": 2, "frame_stack": 3, "random_shift": 4,
-        "num_layers": 4, "num_filters": 32, "camera_id": 0,
+        "num_layers": 4, "num_filters": 32, "camera": 0,
     },
 }  # fmt: skip
 
@@ -227,13 +229,19 @@ class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
 def make_env(args: Args) -> PixelEnv:
     """Make the environment of `args`. Raises ValueError with one line, if it is unknown or does not fit."""
     options: dict[str, Any] = {"render_mode": "rgb_array"}
-    try:
-        if args.env_id.startswith("dm_control/"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+    if args.env_id.startswith("dm_control/"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+        # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+        os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
+        try:
             import shimmy  # noqa: F401  (registers dm_control's tasks)
-
-            size = args.image_size
-            options["render_kwargs"] = {"width": size, "height": size, "camera_id": args.camera_id or 0}
+        except Exception as error:  # it is not there, or OpenGL is not
+            hint = "pip install 'shimmy[dm-control]', apt-get install libegl1 libgl1-mesa-dri, or MUJOCO_GL=osmesa"
+            needs = f"{args.env_id} needs dm_control and OpenGL ({type(error).__name__}: {error})"
+            raise ValueError(f"{needs}; try {hint}") from None
+        size = args.image_size
+        options["render_kwargs"] = {"width": size, "height": size, "camera_id": args.camera}
+    try:
         env = gym.make(args.env_id, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
@@ -423,7 +431,7 @@ class Dataset:
 
     def sample(self, batch_size: int, shift: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        return self.batch(torch.randint(len(self.rows), (batch_size,)).to(self.images.device), shift)
+        return self.batch(torch.randint(len(self.rows), (batch_size,), device=self.images.device), shift)
 
 
 def check_settings(path: Path, made_with: dict[str, Any], env: gym.Env) -> None:
@@ -504,7 +512,7 @@ def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
         parts.append(read_columns(file, env))
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}  # twice at most
     return Dataset(columns, env.frame_stack), digest.hexdigest()
 
 
@@ -574,8 +582,10 @@ class PLAS:
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: dict[str, Tensor]) -> Tensor:
         """The critics' target (B,): a weighted minimum of both target values (BCQ, equation 13)."""
-        action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
-        value, weight = self.target_critic(feature, action), self.args.soft_minimum
+        # A context of its own: older autocasts would keep these weights' copies, which no gradient passes.
+        with self.autocast():
+            action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
+            value, weight = self.target_critic(feature, action), self.args.soft_minimum
         mixed = weight * value.amin(0) + (1.0 - weight) * value.amax(0)
         best = mixed.view(len(batch.reward), -1).amax(1)  # of the candidates, where there are any
         return batch.reward + self.args.gamma * batch.discount * best
@@ -604,8 +614,8 @@ class PLAS:
         backward of the sum gives every parameter its own losses' gradient, and the order of calls cannot matter.
         """
         noise = self.draw_noise(len(batch.reward)) if noise is None else noise
+        target = None if pretraining else self.critic_target(batch, noise)
         with self.autocast():
-            target = None if pretraining else self.critic_target(batch, noise)
             with torch.set_grad_enabled(bool(self.signals)):
                 feature, vae_feature = self.views(batch.observation)
             vae_input = vae_feature if "vae" in self.signals else vae_feature.detach()
@@ -649,17 +659,18 @@ class PLAS:
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             noise = self.draw_noise(len(batch.reward))
-        with self.autocast():
-            critic_loss = self.critic_loss(self.encoder(batch.observation), batch, self.critic_target(batch, noise))
-            vae_loss, _, _ = self.vae_loss(self.vae_encoder(batch.observation), batch, noise["vae"])
-            losses = [("critic", critic_loss, self.encoder), ("vae", vae_loss, self.vae_encoder)]
-            if self.picture_decoder is not None:
-                losses.append(
-                    ("reconstruction", self.picture_loss(self.encoder(batch.observation), batch), self.encoder)
-                )
+        target = self.critic_target(batch, noise)
+        losses = {
+            "critic": (self.encoder, lambda feature: self.critic_loss(feature, batch, target)),
+            "vae": (self.vae_encoder, lambda feature: self.vae_loss(feature, batch, noise["vae"])[0]),
+        }
+        if self.picture_decoder is not None:
+            losses["reconstruction"] = self.encoder, lambda feature: self.picture_loss(feature, batch)
         gradients, result = [], {}
-        for name, loss, encoder in losses:
-            parts = torch.autograd.grad(loss, list(encoder.parameters()))
+        for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
+            with self.autocast():
+                value = loss(encoder(batch.observation))
+            parts = torch.autograd.grad(value, list(encoder.parameters()))
             gradients.append(torch.cat([part.flatten() for part in parts]))
             result[f"charts/encoder_gradient_{name}"] = float(gradients[-1].norm())
         if self.vae_encoder is self.encoder:
@@ -707,24 +718,25 @@ class PLAS:
         return {name: part.state_dict() for name, part in {**self.modules(), **optimizers}.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
+        """Restore what `state_dict` gave, or any of its parts."""
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 def evaluate(
-    agent: PLAS, environments: list[gym.Env], seed: int, stopped: Callable[[], Any] = lambda: False
+    agent: PLAS, environments: list[gym.Env], seed: int, stopped: Callable[[], Any] = lambda: False, first: int = 0
 ) -> dict[str, float]:
     """Play one episode in each environment, in lock-step, and compare the critic with the returns that followed.
 
-    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
-    `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias`, `q_correlation` of
-    Q(s, pi(s)) against the discounted return from there, over those states after which at least 90 % of the discounted
-    future was seen. `q_start_*` are the same over the episodes' first states. Nothing, once `stopped()` is true.
+    Episode i, counted from `first`, always has `episode_seed(seed, i, stream=1)`; training's random streams are not
+    touched. Returns `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias`,
+    `q_correlation` of Q(s, pi(s)) against the discounted return from there, over those states after which at least 90 %
+    of the discounted future was seen. `q_start_*` are the same over the first states among them. Nothing, once
+    `stopped()` is true.
     """
     generator = torch.Generator().manual_seed(seed)
-    observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
+    observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments, first)]
     traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
     ended, active = [False] * len(environments), list(range(len(environments)))
     while active:
@@ -738,15 +750,17 @@ def evaluate(
             if not (ended[i] or truncated):
                 running.append(i)
         active = running
-    horizon = math.log(0.1) / math.log(agent.args.gamma) if 0.0 < agent.args.gamma < 1.0 else 1.0
+    gamma = agent.args.gamma
+    horizon = math.log(0.1) / math.log(gamma) if 0.0 < gamma < 1.0 else math.inf if gamma else 1.0
     pairs, starts = [], []
     for trace, terminal in zip(traces, ended, strict=True):
         following = 0.0
         for left, (value, reward) in enumerate(reversed(trace), start=1):
-            following = reward + agent.args.gamma * following
+            following = reward + gamma * following
             if terminal or left >= horizon:
                 pairs.append((value, following))
-        starts.append((value, following))  # the loop ends with the first step
+                if left == len(trace):
+                    starts.append((value, following))
     returns = np.array([sum(reward for _, reward in trace) for trace in traces])
     result = {"episodic_return": float(returns.mean()), "return_std": float(returns.std())}
     result["episodic_length"] = float(np.mean([len(trace) for trace in traces]))
@@ -758,6 +772,20 @@ def evaluate(
         result[f"{name}_bias"] = float((estimate - truth).mean())
         result[f"{name}_correlation"] = float(covariance / spread) if spread > 1e-12 else math.nan
     return result
+
+
+def record_videos(agent: PLAS, args: Args, folder: Path, stopped: Callable[[], Any]) -> list[Path]:
+    """Write mp4 videos of the first three evaluation episodes and return their paths."""
+    env, dm_control = make_env(args), args.env_id.startswith("dm_control/")
+    fps = 1.0 / env.unwrapped.control_timestep() if dm_control else env.metadata.get("render_fps", 30)
+    recorder = gym.wrappers.RecordVideo(
+        env, str(folder), episode_trigger=lambda _: True, name_prefix="evaluation",
+        fps=max(1, round(fps / args.action_repeat)), disable_logger=True,
+    )  # fmt: skip
+    for i in range(3):
+        evaluate(agent, [recorder], args.seed, stopped, first=i)
+    recorder.close()
+    return sorted(folder.glob("evaluation-*.mp4"))
 
 
 def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
@@ -815,7 +843,7 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     def expert(env: gym.Env, _: np.ndarray) -> np.ndarray:
         if not hasattr(env.unwrapped, "expert_action"):
             raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random or a model.pt")
-        return env.unwrapped.expert_action()
+        return env.unwrapped.expert_action()  # in [-1, 1], whatever the environment's bounds
 
     def medium(env: gym.Env, observation: np.ndarray) -> np.ndarray:
         noisy = expert(env, observation) + 0.5 * generator.standard_normal(env.action_space.shape)
@@ -825,19 +853,19 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
     if name in known:
         return known[name]
     if not Path(name).is_file():
-        raise ValueError(f"--collect {name}: random, scripted, medium or a model.pt expected")
+        raise ValueError(f"--collect {name}: random, medium, scripted or a model.pt expected")
     return sac_ae_policy(Path(name), env)
 
 
 def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
     """The rows of one episode, of at most `longest` steps, in the order of `collect`'s columns."""
     observation, info = env.reset(seed=seed)
-    yield observation[-3:], np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
+    yield observation[-3:].copy(), np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
     length, done = 0, False
     while not done:
         action = act(env, observation)
         observation, reward, terminated, truncated, info = env.step(action)
-        yield observation[-3:], action, reward, 1.0 - terminated, False, info["state"]
+        yield observation[-3:].copy(), action, reward, 1.0 - terminated, False, info["state"]
         length += 1
         done = terminated or truncated or length >= longest
 
@@ -917,6 +945,8 @@ class Run:
                 import wandb
             except ModuleNotFoundError:
                 usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        if args.capture_video and importlib.util.find_spec("moviepy") is None:
+            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = name.replace("/", "-").replace(":", "-")
         self.folder = Path(args.runs_dir) / self.name
@@ -1024,7 +1054,7 @@ class Run:
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }  # fmt: skip
         path = self.folder / "checkpoint.pt"
         try:
@@ -1063,8 +1093,8 @@ class Run:
     def restore_random_state(self) -> None:
         """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
         torch.set_rng_state(self.checkpoint["torch_rng"])
-        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
         self.write_evaluations()
 
     def fail(self, message: str) -> NoReturn:
@@ -1127,6 +1157,7 @@ def draw_reconstruction(agent: PLAS, batch: Batch) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def resolve(args: Args) -> Args:
     """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
+    args.env_id = re.sub(r"^([a-z]\w*-(?!v\d+$)[a-z]\w*)$", r"dm_control/\1-v0", args.env_id)  # finger-spin
     own = args.env_id.split("-")[0]
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
@@ -1135,13 +1166,16 @@ def resolve(args: Args) -> Args:
         near = difflib.get_close_matches(args.encoder_signal, SIGNALS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"--encoder-signal {args.encoder_signal}: one of {', '.join(SIGNALS)} expected{hint}")
-    may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera_id"}
+    may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera"}
     for name, value in asdict(args).items():
         least = 1 if type(value) is int and name not in may_be_zero else 0
         most = 1 if name in ("gamma", "tau", "soft_minimum") else 2**63 - 1 if type(value) is int else math.inf
         if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
             expected = f"at most {most}" if value > most else f"a number of at least {least}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")
+    if args.pretrain_steps >= args.total_timesteps:
+        steps = f"--pretrain-steps {args.pretrain_steps} of --total-timesteps {args.total_timesteps}"
+        raise ValueError(f"{steps}: critics and policy would learn nothing; raise that or lower this")
     return args
 
 
@@ -1151,14 +1185,19 @@ def save_model(agent: PLAS, args: Args, path: Path) -> None:
     write_atomically(path, lambda file: torch.save({**state, "arguments": json.dumps(asdict(args))}, file))
 
 
-def reference_levels(env: gym.Env, dataset: Dataset, episodes: int, seed: int) -> dict[str, float]:
-    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert."""
+def reference_levels(
+    env: gym.Env, dataset: Dataset, episodes: int, seed: int, stopped: Callable[[], Any]
+) -> dict[str, float]:
+    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert.
+
+    Incomplete, once `stopped()` is true.
+    """
     levels = {"behaviour": float(dataset.returns.mean())}
     for name in ("random", "expert"):
         with contextlib.suppress(ValueError):  # no expert
             act = behaviour(name, np.random.default_rng(seed), env)
-            played = [play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes)]
-            levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played]))
+            played = (play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes) if not stopped())
+            levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played] or [math.nan]))
     return levels
 
 
@@ -1168,26 +1207,27 @@ def main(args: Args) -> Path:
         args = resolve(args)
         env = make_env(args)
         Encoder(1, env.observation_space.shape[1:], args.num_layers, 1, 1)  # are the pictures large enough?
+        if args.random_shift >= min(env.size):
+            raise ValueError(f"--random-shift {args.random_shift}: less than the pictures' {min(env.size)} expected")
         dataset, digest = find_dataset(args, env)
     except ValueError as error:
         usage_error(str(error))
+    environments = [make_env(args) for _ in range(args.eval_episodes)]
+    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
     run = Run(args)
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     if max(env.size) < 64:
         torch.set_num_threads(1)  # these products are too small for two threads
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent, dataset = PLAS(args, env, device), dataset.to(device)
-    environments = [make_env(args) for _ in range(args.eval_episodes)]
     fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, min(2_000, len(dataset.rows)), device=device).long())
-    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
     stacks = Dataset(wide, args.frame_stack)
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
     states = wide["state"][stacks.rows - 1]
-
-    evaluation_due = False
 
     def evaluate_policy() -> bool:
         """Evaluate at this step, log it, keep the best model; False if a signal came first."""
@@ -1204,7 +1244,10 @@ def main(args: Args) -> Path:
         return True
 
     if run.checkpoint is None:
-        step, levels = 0, reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed)
+        step, episodes = 0, min(args.eval_episodes, 20)
+        levels = reference_levels(env, dataset, episodes, args.seed, lambda: run.signal)
+        if run.signal:
+            run.stop()  # nothing has been learnt yet
     else:
         if run.checkpoint["dataset"] != digest:
             usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
@@ -1242,13 +1285,10 @@ def main(args: Args) -> Path:
     run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, levels, run.name))
     if agent.picture_decoder is not None:
         run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
-    if args.capture_video:
-        options = {"episode_trigger": lambda _: True, "name_prefix": "evaluation", "disable_logger": True}
-        filmed = gym.wrappers.RecordVideo(make_env(args), str(run.folder / "videos"), **options)
-        for i in range(3):
-            evaluate(agent, [filmed], episode_seed(args.seed, i, stream=1))
-        filmed.close()
-        run.log_videos(step, sorted((run.folder / "videos").glob("*.mp4")))
+    paths = record_videos(agent, args, run.folder / "videos", lambda: run.signal) if args.capture_video else []
+    if run.signal:
+        run.stop()
+    run.log_videos(step, paths)
     run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
     run.close()
     score = "return {episodic_return:.2f}, squared error of Q {q_error:.3f}".format(**run.eval_rows[-1])

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -785,6 +786,8 @@ class Run:
                 import wandb
             except ModuleNotFoundError:
                 usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        if args.capture_video and importlib.util.find_spec("moviepy") is None:
+            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = name.replace("/", "-").replace(":", "-")
         self.folder = Path(args.runs_dir) / self.name
@@ -892,7 +895,7 @@ class Run:
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }  # fmt: skip
         path = self.folder / "checkpoint.pt"
         try:
@@ -931,8 +934,8 @@ class Run:
     def restore_random_state(self) -> None:
         """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
         torch.set_rng_state(self.checkpoint["torch_rng"])
-        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
         self.write_evaluations()
 
     def fail(self, message: str) -> NoReturn:
@@ -1082,6 +1085,7 @@ def main(args: Args) -> Path:
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     if args.bf16 and device.type == "cpu":

@@ -18,6 +18,7 @@ Docs: docs/world_model_test.md
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -797,6 +798,8 @@ class Run:
                 import wandb
             except ModuleNotFoundError:
                 usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        if args.capture_video and importlib.util.find_spec("moviepy") is None:
+            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = name.replace("/", "-").replace(":", "-")
         self.folder = Path(args.runs_dir) / self.name
@@ -904,7 +907,7 @@ class Run:
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }  # fmt: skip
         path = self.folder / "checkpoint.pt"
         try:
@@ -943,8 +946,8 @@ class Run:
     def restore_random_state(self) -> None:
         """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
         torch.set_rng_state(self.checkpoint["torch_rng"])
-        if self.checkpoint["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.checkpoint["cuda_rng"])
+        if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
         self.write_evaluations()
 
     def fail(self, message: str) -> NoReturn:

@@ -1846,6 +1846,13 @@ def test_tracking_without_wandb_is_refused(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_videos_without_moviepy_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    assert exit_status(tiny(tmp_path, capture_video=True)) == 2
+    assert_one_line(capsys, "--capture-video needs moviepy", "pip install moviepy")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("names", [("one",), ("a", "b"), lambda: None, None])
 def test_names_of_actions_are_taken_if_there_are_enough(names, monkeypatch):
     monkeypatch.setattr(ToyEnv, "action_names", names, raising=False)

@@ -506,6 +506,41 @@ def test_evaluation_compares_values_with_what_followed():
     assert result["q_start_error"] == pytest.approx((1 - truth[0]) ** 2)
 
 
+@pytest.mark.parametrize("gamma, seen, starts", [(0.5, 2, 1), (0.1, 5, 1), (0.9, 0, 0), (1.0, 0, 0), (0.0, 5, 1)])
+def test_an_episode_cut_by_time_counts_where_its_future_was_seen(gamma, seen, starts, monkeypatch):
+    """Five steps: with 0.5 the fourth from behind has seen 94 % of its future, with 0.9 none has seen enough."""
+
+    class CutByTime(gym.Wrapper):
+        def step(self, action):
+            observation, reward, terminated, _, info = self.env.step(action)
+            return observation, reward, False, terminated, info
+
+    args = resolve(Args(env_id="PlasNumberEnv-v0", frame_stack=1, action_repeat=1, num_layers=1, gamma=gamma))
+    cut = CutByTime(make_env(args))
+    agent, counted, square = PLAS(args, cut, CPU), [], np.square
+    monkeypatch.setattr(np, "square", lambda errors: (counted.append(len(errors)), square(errors))[1])
+    agent.act = lambda observation, _: (np.zeros((1, 1), np.float32), np.zeros(1))
+    result = evaluate(agent, [cut], 0)
+    assert counted == [max(seen, 1), max(starts, 1)]  # one nan where there is none
+    assert np.isnan(result["q_error"]) == (seen == 0) and np.isnan(result["q_start_error"]) == (starts == 0)
+
+
+def test_videos_are_of_evaluation_episodes(env, tmp_path, monkeypatch):
+    seeds = []
+    reset = plas_pixels.PixelEnv.reset
+    monkeypatch.setattr(
+        plas_pixels.PixelEnv, "reset", lambda self, **named: (seeds.append(named["seed"]), reset(self, **named))[1]
+    )
+    args, speeds, recorder = resolve(Args(**SMALL, seed=5)), [], gym.wrappers.RecordVideo
+    monkeypatch.setattr(
+        gym.wrappers, "RecordVideo", lambda *a, **named: (speeds.append(named["fps"]), recorder(*a, **named))[1]
+    )
+    paths = plas_pixels.record_videos(make_agent(env), args, tmp_path / "videos", lambda: False)
+    assert [path.suffix for path in paths] == [".mp4"] * 3 and all(path.stat().st_size > 1_000 for path in paths)
+    assert [seed for seed in seeds if seed] == [plas_pixels.episode_seed(5, i, stream=1) for i in range(3)]
+    assert speeds == [10]
+
+
 def test_evaluation_is_repeatable_and_touches_no_random_stream(env):
     for policy in ("latent", "argmax"):
         agent, environments = make_agent(env, policy=policy), [env]
@@ -691,6 +726,27 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkey
     assert same(whole, run(tmp_path, run_name="stopped", resume=True))
 
 
+def test_a_signal_before_the_first_step_stops_at_once(tmp_path, monkeypatch):
+    whole = run(tmp_path, run_name="whole")
+    real, episodes = plas_pixels.play, []
+
+    def play(*args):
+        episodes.append(1)
+        if len(episodes) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plas_pixels, "reference_levels", (lambda levels: lambda *rest: (
+            patch.setattr(plas_pixels, "play", play), levels(*rest)
+        )[1])(plas_pixels.reference_levels))  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, run_name="stopped")
+    assert stopped.value.code == 128 + signal.SIGTERM and len(episodes) == 1
+    assert not (tmp_path / "runs" / "stopped" / "checkpoint.pt").exists()
+    assert same(whole, run(tmp_path, run_name="stopped", resume=True))
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_every_signal_runs_and_leaves_its_pictures(name, tmp_path):
     folder = run(tmp_path, run_name=name, encoder_signal=name, total_timesteps=4, pretrain_steps=2)
@@ -717,11 +773,13 @@ def refused(capsys, tmp_path, **changes) -> str:
         ({"env_id": "PlasBlindEnv-v0"}, "neither observes nor renders"),
         ({"num_layers": 8}, "too small for --num-layers 8"),
         ({"dataset": "nowhere.npz"}, "there is no dataset nowhere.npz"),
-        ({"dataset": "new", "collect": "best"}, "random, scripted, medium or a model.pt expected"),
+        ({"dataset": "new", "collect": "best"}, "random, medium, scripted or a model.pt expected"),
         ({"env_id": "PlasNumberEnv-v0", "num_layers": 1, "dataset": "new", "collect": "scripted"}, "no expert_action"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"gamma": 1.5}, "--gamma 1.5: at most 1"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"pretrain_steps": 40}, "--pretrain-steps 40 of --total-timesteps 40: critics and policy would learn nothing"),
+        ({"random_shift": 28}, "--random-shift 28: less than the pictures' 28 expected"),
         ({"resume": True}, "--resume needs the --run-name"),
     ],
     ids=lambda value: str(value)[:40],
@@ -770,6 +828,22 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_collected
     monkeypatch.setattr(plas_pixels, "collect", lambda *_, **__: pytest.fail("collected"))
     line = refused(capsys, tmp_path, dataset="file/new.npz", collect="random")
     assert "cannot write file/new.npz" in line
+
+
+def test_tasks_of_dm_control_have_short_names():
+    for short, name, repeat in (
+        ("finger-spin", "dm_control/finger-spin-v0", 2), ("cartpole-swingup", "dm_control/cartpole-swingup-v0", 8),
+        ("dm_control/ball_in_cup-catch-v0", "dm_control/ball_in_cup-catch-v0", 4), ("Pendulum-v1", "Pendulum-v1", 2),
+    ):  # fmt: skip
+        args = resolve(Args(env_id=short))
+        assert (args.env_id, args.action_repeat) == (name, repeat)
+    assert resolve(Args(env_id="quadruped-walk")).camera == 2
+
+
+def test_dm_control_that_cannot_be_imported_is_an_error_with_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shimmy", None)
+    line = refused(capsys, tmp_path, env_id="finger-spin")
+    assert "needs dm_control and OpenGL" in line and "libegl1" in line and "shimmy[dm-control]" in line
 
 
 def test_an_unknown_signal_is_refused_by_the_command_line():
