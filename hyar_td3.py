@@ -192,7 +192,8 @@ class HybridActionSpace:
             raise ValueError(f"{expected}, got {space}")
         self.num_actions, self.first = int(parts[0].n), int(parts[0].start)
         self.shared = isinstance(parts[1], gym.spaces.Box)
-        self.boxes = [parts[1]] * self.num_actions if self.shared else list(getattr(parts[1], "spaces", ()))
+        own = parts[1].spaces if isinstance(parts[1], gym.spaces.Tuple) else ()
+        self.boxes = [parts[1]] * self.num_actions if self.shared else list(own)
         if len(self.boxes) != self.num_actions or not all(isinstance(box, gym.spaces.Box) for box in self.boxes):
             raise ValueError(f"{expected}, with one Box for each of the {self.num_actions} actions, got {parts[1]}")
         for k, box in enumerate(self.boxes):
@@ -210,6 +211,8 @@ class HybridActionSpace:
         """The environment's own form of action `k` with parameters `x` (P,) in [-1, 1]."""
         box, (low, high) = self.boxes[k], self.bounds[k]
         scaled = low + (high - low) * (x[: len(low)].astype(float) + 1.0) / 2.0
+        if np.issubdtype(box.dtype, np.integer):
+            scaled = np.rint(scaled)  # cut off, the upper bound would never be reached
         parameters = scaled.clip(low, high).astype(box.dtype).reshape(box.shape)
         # Other actions' parameters are not read by the environment: any value inside of their bounds will do.
         return k + self.first, parameters if self.shared else (*self.others[:k], parameters, *self.others[k + 1 :])
@@ -657,8 +660,11 @@ def evaluate(
     """
     count = len(environments)
     returns, lengths, successes = np.zeros(count), np.zeros(count), np.full(count, np.nan)
-    observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
-    active = list(range(count))
+    observations, active = [], list(range(count))
+    for i, env in enumerate(environments):
+        if stopped():
+            return {}
+        observations.append(env.reset(seed=episode_seed(seed, i, stream=1))[0])
 
     def check(finite: np.ndarray, what: str) -> None:
         if not finite.all():
@@ -691,15 +697,17 @@ def evaluate(
     }
 
 
-def record_videos(agent: HyARTD3, args: Args, folder: Path, step: int, episodes: int = 3) -> list[Path]:
-    """Write mp4 videos of the averaged policy's first evaluation episodes and return their paths."""
+def record_videos(
+    agent: HyARTD3, args: Args, folder: Path, step: int, stopped: Callable[[], Any] = lambda: False
+) -> list[Path]:
+    """Write mp4 videos of the averaged policy's first three evaluation episodes and return their paths."""
     env = gym.wrappers.RecordVideo(
         make_env(args.env_id, render_mode="rgb_array"),
         str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}", disable_logger=True,
     )  # fmt: skip
-    for i in range(episodes):
+    for i in range(min(3, args.eval_episodes)):
         observation, done = env.reset(seed=episode_seed(args.seed, i, stream=1))[0], False
-        while not done:
+        while not (done or stopped()):
             _, k, x = agent.act(agent.scale_observation(observation)[None], average=True)
             observation, _, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x[0].numpy()))
             done = terminated or truncated
@@ -1032,12 +1040,17 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def resolve(args: Args, env: gym.Env) -> Args:
     """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    own = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else ""
+    own, chosen = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else "", args.discrete_latent_dim
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.discrete_embedding == "one-hot":
-        args.discrete_latent_dim = HybridActionSpace(env.action_space).num_actions
+        size = HybridActionSpace(env.action_space).num_actions
+        if chosen not in (None, size):
+            raise ValueError(
+                f"--discrete-latent-dim {chosen}: one-hot has {size} here, one for each action; leave it out"
+            )
+        args.discrete_latent_dim = size
     at_least_one = {
         "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "buffer_size", "batch_size",
         "policy_frequency", "exploration_noise_episodes", "random_episodes", "discrete_latent_dim",
@@ -1052,10 +1065,24 @@ def resolve(args: Args, env: gym.Env) -> Args:
     for name, limit in (("gamma", 1.0), ("tau", 1.0), ("policy_average", 1.0), ("latent_range_tail", 0.49)):
         if getattr(args, name) > limit:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
-    if args.total_timesteps < args.learning_starts:
-        flags = f"--total-timesteps {args.total_timesteps} is below --learning-starts {args.learning_starts}"
-        raise ValueError(f"{flags}: nothing would be learnt; raise the first or lower the second")
+    if args.total_timesteps - max(args.learning_starts, 1) + 1 < args.policy_frequency:
+        flags = f"--total-timesteps {args.total_timesteps} ends before the first update: --learning-starts"
+        flags += f" {args.learning_starts}, --policy-frequency {args.policy_frequency}"
+        raise ValueError(f"{flags}; raise the first or lower the others")
     return args
+
+
+def check_rendering(env_id: str) -> None:
+    """Draw a picture now, not after hours of training. Raises ValueError with one line, if that is not possible."""
+    env = make_env(env_id, "rgb_array")
+    try:
+        env.reset(seed=0)
+        picture = env.render()
+    except Exception as error:
+        raise ValueError(f"{env_id} cannot be drawn: {type(error).__name__}: {error}; see --capture-video") from None
+    if env.render_mode != "rgb_array" or not isinstance(picture, np.ndarray):
+        raise ValueError(f"{env_id} draws no rgb_array (render_mode {env.render_mode}); leave out --capture-video")
+    env.close()
 
 
 def check_finite(run: Run, reward: float, observation: np.ndarray, step: int, args: Args, episode: int) -> None:
@@ -1083,6 +1110,8 @@ def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBu
     for episode in range(-args.random_episodes, 0):
         observation, done = reset_episode(env, args, episode, run), False
         while not done:
+            shown = f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}"
+            run.progress(0, shown)
             k = int(generator.integers(actions.num_actions))
             x = generator.uniform(-1.0, 1.0, actions.parameter_dim).astype(np.float32) * actions.mask[k]
             before = observation.copy()  # some environments write each observation into the same array
@@ -1092,7 +1121,6 @@ def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBu
             done = terminated or truncated
             if run.signal:
                 run.stop()
-        run.progress(0, f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}")
     before, x, k, after, reward, terminated = (np.array(column) for column in zip(*transitions, strict=True))
     agent.fit_observation_scale(before)
     buffer = ReplayBuffer(len(transitions) + args.total_timesteps, *agent.row_sizes())
@@ -1117,7 +1145,8 @@ def main(args: Args) -> Path:
         env = make_env(args.env_id)
         args = resolve(args, env)
         if args.capture_video:
-            make_env(args.env_id, "rgb_array").close()
+            check_rendering(args.env_id)
+        evaluation_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
     except ValueError as error:
         usage_error(str(error))
     run = Run(args)
@@ -1130,15 +1159,13 @@ def main(args: Args) -> Path:
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent = HyARTD3(args, env, device)
-    evaluation_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
     recent: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
 
     def evaluate_policies() -> bool:
         """Evaluate the actor and its average at this step, and keep the best model; False if a signal came first."""
         try:
-            actor, averaged = (
-                evaluate(agent, evaluation_envs, args.seed, average, lambda: run.signal) for average in (False, True)
-            )
+            actor = evaluate(agent, evaluation_envs, args.seed, stopped=lambda: run.signal)
+            averaged = actor and evaluate(agent, evaluation_envs, args.seed, True, lambda: run.signal)
         except ValueError as error:
             run.fail(f"step {step}: {error}")
         if not averaged:
@@ -1193,6 +1220,7 @@ def main(args: Args) -> Path:
         if evaluation_due and not evaluate_policies():
             run.stop()  # it is still due in the checkpoint
 
+    run.steps_per_second(step)  # counts from here
     scaled, losses = agent.scale_observation(observation), {}
     mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
     for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
@@ -1260,7 +1288,10 @@ def main(args: Args) -> Path:
     for name, figure in figures.items():
         run.log_figure(args.total_timesteps, name, figure)
     if args.capture_video:
-        run.log_videos(args.total_timesteps, record_videos(agent, args, run.folder, args.total_timesteps))
+        paths = record_videos(agent, args, run.folder, step, lambda: run.signal)
+        if run.signal:
+            run.stop()
+        run.log_videos(step, paths)
     run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
     run.close()
     score, averaged = np.mean(

@@ -47,18 +47,26 @@ def load_agent(path: Path) -> hyar_td3.HyARTD3:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         args = hyar_td3.Args(**json.loads(content.pop("arguments")))
-        agent = hyar_td3.HyARTD3(args, hyar_td3.make_env(args.env_id), torch.device("cpu"))
-        content.pop("critic", None)  # it does not play
-        agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
     except Exception as error:  # a damaged file raises nearly anything
         usage_error(f"{path} is not a model of hyar_td3.py ({type(error).__name__})")
+    try:
+        env = hyar_td3.make_env(args.env_id)
+    except ValueError as error:
+        usage_error(str(error))
+    try:
+        agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
+        content.pop("critic", None)  # it does not play
+        agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
+    except Exception as error:
+        usage_error(f"{path} does not fit {args.env_id} as it is here ({type(error).__name__})")
     return agent
 
 
 def main(args: Args) -> None:
     """Play and print; exits 1 if the mean return is not as high as asked for."""
-    if args.episodes < 1:
-        usage_error(f"--episodes {args.episodes}: at least 1 expected")
+    for name, value, least in (("episodes", args.episodes, 1), ("seed", args.seed, 0)):
+        if value < least:
+            usage_error(f"--{name} {value}: at least {least} expected")
     path = args.run / args.model
     torch.set_num_threads(1)
     agent = load_agent(path)
@@ -66,7 +74,8 @@ def main(args: Args) -> None:
     fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
     result = hyar_td3.evaluate(agent, environments, fresh, average=args.average)
     mean, std, success = (result[name] for name in ("episodic_return", "return_std", "success_rate"))
-    print(f"{path}, {args.episodes} fresh episodes of {agent.args.env_id}:")
+    policy = "the policy's moving average" if args.average else "the actor"
+    print(f"{path}, {args.episodes} fresh episodes of {agent.args.env_id}, {policy}:")
     print(f"return {mean:.3f} ± {std:.3f}, success rate {success:.3f}, length {result['episodic_length']:.1f}")
     if args.at_least is not None and not mean >= args.at_least:
         print(f"the mean return {mean:.3f} is below {args.at_least:g}")

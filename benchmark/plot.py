@@ -64,7 +64,6 @@ PAPERS: dict[str, tuple[str, str, str, int]] = {
     "hyar_td3": ("HyAR-TD3 paper", "CHDP paper", "CHDP", 3),
     "sac_ae_pixels": ("SAC+AE paper at 100,000 steps", "DrQ paper at 100,000 steps", "DrQ", 0),
 }
-NO_PAPERS = ("paper", "later paper", "later", 3)
 
 # HyAR-TD3: Li et al., ICLR 2022, table 2. CHDP: the best result published since (AAAI 2026, arXiv 2601.05675).
 # SAC+AE at 100,000 environment steps, as CURL's table 1 quotes it (arXiv 2004.04136); its own paper has curves only.
@@ -124,7 +123,7 @@ def read_runs(script: str, folder: Path) -> Runs:
     for about in sorted(folder.glob(f"{script}*__*/args.json")):
         name, run = about.parent.name, json.loads(about.read_text())
         ablation = name.split("__")[0].removeprefix(script)
-        if run["script"] != script or (ablation and not ablation.startswith("-")):
+        if run.get("script") != script or (ablation and not ablation.startswith("-")):
             continue
         arguments, evaluations = run["arguments"], about.with_name("eval.csv")
         variants = {ablation[1:]: ("episodic_return", "success_rate")}
@@ -192,14 +191,14 @@ def score(script: str, rows: np.ndarray, column: str) -> float:
 
 def published(script: str, environment: str) -> Published:
     """What is published for an environment; where nothing is, the return counts."""
-    return PUBLISHED.get(script, {}).get(environment, Published("return", np.nan, np.nan, np.nan))
+    return PUBLISHED[script].get(environment, Published("return", np.nan, np.nan, np.nan))
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
 def draw_curves(title: str, column: str, curves: dict[str, Seeds], paper: dict[str, float]) -> Figure:
     """Interquartile mean and 95 % interval of each of `curves` by its label, `paper`'s values as horizontal lines.
 
-    A single curve also shows its seeds, as thin lines; an interval needs at least two.
+    A single curve also shows its seeds, as thin lines; of several the legend names them. An interval needs two.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -212,8 +211,9 @@ def draw_curves(title: str, column: str, curves: dict[str, Seeds], paper: dict[s
         if len(curves) == 1 and len(seeds) > 1:
             for rows in seeds.values():
                 axis.plot(rows[:, 0], rows[:, 1 if column == "return" else 2], color=color, linewidth=0.7, alpha=0.3)
-        seeds_label = f"{label}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-        axis.plot(steps, interquartile_mean(values), color=color, label=seeds_label)
+        plural = "s" * (len(seeds) > 1)
+        alone, among = f"{label}, {len(seeds)} seed{plural}", f"{label}, seed{plural} {numbers(set(seeds))}"
+        axis.plot(steps, interquartile_mean(values), color=color, label=alone if len(curves) == 1 else among)
         if len(seeds) > 1:
             axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.2, linewidth=0)
     for style, (label, value) in zip(("--", ":"), paper.items(), strict=False):
@@ -233,17 +233,19 @@ def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
         about = published(script, environment)
         variants = {ablation: seeds for (name, ablation), seeds in sorted(results.items()) if name == environment}
         if "" in variants:
-            paper = dict(zip(PAPERS.get(script, NO_PAPERS), (about.mean, about.later), strict=False))
+            paper = dict(zip(PAPERS[script], (about.mean, about.later), strict=False))
             curve = {"interquartile mean, 95 % interval": variants[""]}
             figure = draw_curves(f"{script} on {environment}", about.column, curve, paper)
             figure.savefig(folder / f"{environment}.png", dpi=120)
         if set(variants) - {""}:
-            own = [variants[name] for name in set(variants) - {"", AVERAGED}] or variants.values()
+            own = [variants[name] for name in set(variants) - {"", AVERAGED}] or list(variants.values())
             end = max(rows[-1, 0] for seeds in own for rows in seeds.values())  # ablations may be shorter
+            compared = set().union(*own)  # and have fewer seeds
             curves = {
-                name or "unchanged": {seed: rows[rows[:, 0] <= end] for seed, rows in seeds.items()}
+                name or "unchanged": {seed: rows[rows[:, 0] <= end] for seed, rows in seeds.items() if seed in compared}
                 for name, seeds in variants.items()
             }
+            curves = {name: seeds for name, seeds in curves.items() if seeds}
             figure = draw_curves(f"{script} on {environment}: ablations", about.column, curves, {})
             figure.savefig(folder / f"{environment}__ablations.png", dpi=120)
 
@@ -269,15 +271,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def in_table_order(script: str, results: dict[Key, Seeds]) -> list[tuple[Key, Seeds]]:
     """Results in the order of the paper's table, then by name."""
-    order = list(PUBLISHED.get(script, {}))
+    order = list(PUBLISHED[script])
     place = {name: order.index(name) if name in order else len(order) for name, _ in results}
     return sorted(results.items(), key=lambda item: (place[item[0][0]], item[0]))
 
 
 def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, set[int]]) -> str:
     """The results table in Markdown: the papers, and the scores of the finished seeds."""
-    _, _, later, decimals = PAPERS.get(script, NO_PAPERS)
-    two_policies = script == "hyar_td3" or any(ablation == AVERAGED for _, ablation in results)
+    _, _, later, decimals = PAPERS[script]
+    two_policies = script == "hyar_td3"
     header = [
         "environment", "column", "paper", later, "ours", *["ours, averaged policy"] * two_policies, "seeds", "steps",
         "evaluation episodes", "each seed (seed)",
@@ -308,7 +310,7 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
 def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
     """The ablations in Markdown, each beside the unchanged script on the same seeds, at the ablation's last step."""
     header = ["environment", "column", "change", "score", "unchanged, same seeds", "seeds", "steps", "each seed (seed)"]
-    rows, decimals = [], PAPERS.get(script, NO_PAPERS)[3]
+    rows, decimals = [], PAPERS[script][3]
     for (environment, ablation), seeds in in_table_order(script, results):
         if not ablation:
             continue
@@ -337,6 +339,8 @@ def default_evaluation_episodes(script: str) -> int:
 def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
     script = args.script
+    if script not in PAPERS:
+        usage_error(f"{script} has no results table here, one of {', '.join(PAPERS)} expected; see its page in docs/")
     folder, found = args.results / script, read_runs(script, args.runs)
     earlier = read_results(folder)
     collected = {key: earlier.get(key, {}) | found.finished.get(key, {}) for key in {**earlier, **found.finished}}

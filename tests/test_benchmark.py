@@ -274,6 +274,29 @@ def test_plot_says_what_is_wrong(case, tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("script", ["plas_pixels", "pretrain_vae_moa", "hyar"])
+def test_results_that_are_not_the_tools_own_stay(script, tmp_path, capsys):
+    (tmp_path / script).mkdir()
+    (tmp_path / script / "DotHazard-v0.csv").write_text("step,seed,q_error\n1,1,2.5\n")
+    with pytest.raises(SystemExit) as exit_:
+        plot.main(plot.Args(script, runs=tmp_path, results=tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and f"{script} has no results table here" in line and "hyar_td3" in line
+    assert (tmp_path / script / "DotHazard-v0.csv").read_text() == "step,seed,q_error\n1,1,2.5\n"
+
+
+def test_a_picture_compares_ablations_on_their_own_seeds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        plot, "draw_curves", lambda title, column, curves, paper: (drawn.append(curves), plot.Figure())[1]
+    )
+    rows = np.array([[STEPS, 0.1, 0.5], [2 * STEPS, 0.2, 0.5]])
+    unchanged = {seed: rows for seed in (1, 2, 3, 4)}
+    results = {("Goal-v0", ""): unchanged, ("Goal-v0", plot.AVERAGED): {2: rows}, ("Goal-v0", "a"): {1: rows, 4: rows}}
+    plot.draw_all("hyar_td3", tmp_path, results)
+    assert {name: set(seeds) for name, seeds in drawn[1].items()} == {"unchanged": {1, 4}, "a": {1, 4}}
+
+
 def test_plot_from_the_command_line(runs, tmp_path):
     command = [sys.executable, BENCHMARK / "plot.py", "hyar_td3", "--runs", runs, "--results", tmp_path / "results"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -522,9 +545,19 @@ def test_evaluate_of_a_damaged_model(content, tmp_path, capsys):
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+    for changes in ({"episodes": 0}, {"seed": -1}):
+        with pytest.raises(SystemExit) as exit_:
+            evaluate.main(evaluate.Args(tmp_path, **changes))
+        assert exit_.value.code == 2
+
+
+def test_evaluate_of_a_model_whose_environment_is_not_here(trained, tmp_path, capsys):
+    content = torch.load(trained / "best_model.pt", weights_only=True)
+    content["arguments"] = json.dumps(json.loads(content["arguments"]) | {"env_id": "SomePackage:Their-v0"})
+    torch.save(content, tmp_path / "best_model.pt")
     with pytest.raises(SystemExit) as exit_:
-        evaluate.main(evaluate.Args(tmp_path, episodes=0))
-    assert exit_.value.code == 2
+        evaluate.main(evaluate.Args(tmp_path))
+    assert exit_.value.code == 2 and "unknown environment SomePackage:Their-v0" in capsys.readouterr().err
 
 
 # --- tables of the studies ---

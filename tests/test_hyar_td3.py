@@ -210,6 +210,7 @@ REFUSED_SPACES = {  # id -> action space, observation space, what the message ha
     "TooFewBoxes-v0": (Tuple((Discrete(3), Tuple((BOX2, BOX2)))), None, "3 actions"),
     "ThreeParts-v0": (Tuple((Discrete(2), BOX2, BOX2)), None, "hybrid actions expected"),
     "Swapped-v0": (Tuple((BOX2, Discrete(2))), None, "hybrid actions expected"),
+    "OneOf-v0": (Tuple((Discrete(2), gym.spaces.OneOf((BOX2, BOX2)))), None, "one Box for each"),
     "NestedDiscrete-v0": (Tuple((Discrete(1), Tuple((Discrete(2),)))), None, "one Box for each"),
     "MultiDiscrete-v0": (MultiDiscrete([2, 2]), None, "hybrid actions expected"),
     "NoParameters-v0": (Tuple((Discrete(2), Tuple((Box(0, 1, (0,)), Box(0, 1, (0,)))))), None, "DQN"),
@@ -1755,7 +1756,28 @@ def test_an_environment_that_cannot_be_made_is_refused(tmp_path, capsys):
 
 def test_video_of_an_environment_that_cannot_be_rendered_is_refused(tmp_path, capsys):
     """At once, not after hours of training."""
-    refused(capsys, tmp_path, "ToyBare-v0", env_id="ToyBare-v0", capture_video=True, **{**TINY, "run_name": None})
+
+    class Forgets(ToyEnv):  # its mode
+        def __init__(self, render_mode=None):
+            super().__init__()
+
+    class Fails(ToyEnv):
+        def render(self):
+            raise RuntimeError("no pygame here")
+
+    class Empty(ToyEnv):
+        def render(self):
+            return None
+
+    cases = {"ToyForgets-v0": Forgets, "ToyFails-v0": Fails, "ToyEmpty-v0": Empty}
+    for name, kind in cases.items():
+        gym.register(name, kind)
+    try:
+        for name in ("ToyBare-v0", *cases):
+            refused(capsys, tmp_path, name, env_id=name, capture_video=True, **{**TINY, "run_name": None})
+    finally:
+        for name in cases:
+            del gym.registry[name]
 
 
 BAD_VALUES = [
@@ -1839,6 +1861,38 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path, no_pictures
     assert exit_status(tiny(tmp_path, resume=True)) == 0
 
 
+@pytest.mark.parametrize("changes, parts", [
+    ({"total_timesteps": 20}, ("--total-timesteps 20", "ends before the first update")),
+    ({"policy_frequency": 132}, ("--policy-frequency 132", "ends before the first update")),
+    ({"discrete_embedding": "one-hot"}, ("--discrete-latent-dim 3", "one-hot has 2 here")),
+])  # fmt: skip
+def test_runs_in_which_something_would_be_ignored_are_refused(changes, parts, tmp_path, capsys):
+    assert exit_status(tiny(tmp_path, **changes)) == 2
+    assert_one_line(capsys, *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whole_parameters_reach_both_bounds():
+    space = hyar_td3.HybridActionSpace(Tuple((Discrete(1), Tuple((Box(-1, 3, (1,), np.int32),)))))
+    given = [int(space.to_environment(0, np.float32([x]))[1][0][0]) for x in np.linspace(-1, 1, 17)]
+    assert given == sorted(given) and set(given) == {-1, 0, 1, 2, 3} and given.count(1) == 3
+
+
+def test_a_signal_stops_the_videos(tmp_path, no_pictures, monkeypatch):
+    """The resumed run draws them anew; the first time, it stops within a step."""
+
+    def stop(*_):
+        if ToyEnv.made == 5:  # two to train and to be tried, two to evaluate, one to be filmed
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ToyEnv.hook = stop
+    assert exit_status(tiny(tmp_path, env_id="ToyLong-v0", capture_video=True)) == 143
+    ToyEnv.hook, ToyEnv.made = None, 0
+    assert not torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["finished"]
+    assert exit_status(tiny(tmp_path, env_id="ToyLong-v0", capture_video=True, resume=True)) == 0
+    assert len(list((tmp_path / "run" / "videos").glob("*.mp4"))) == 2  # as many as it evaluates
+
+
 def test_tracking_without_wandb_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert exit_status(tiny(tmp_path, track=True)) == 2
@@ -1863,7 +1917,7 @@ def test_names_of_actions_are_taken_if_there_are_enough(names, monkeypatch):
 
 def test_fixed_embeddings_are_kept_once(tmp_path, no_pictures):
     at_training_step(RANDOM_STEPS + 140, send(signal.SIGTERM))
-    assert exit_status(tiny(tmp_path, discrete_embedding="one-hot")) == 143
+    assert exit_status(tiny(tmp_path, discrete_embedding="one-hot", discrete_latent_dim=None)) == 143
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(state["embedding_history"]) == 2 and len(state["eval_rows"]) == 3
 
