@@ -205,6 +205,9 @@ def places(obs: Tensor, game: Game) -> Tensor:
     return torch.where(planes.bool().any(2), planes.argmax(2), game.cells)
 
 
+GAME_IDS = ("episode", "agent", "t")  # which game and player a row is of, and when
+
+
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file. Raises ValueError with one line."""
     try:
@@ -228,6 +231,8 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
     if not (fits and actions.shape[1] + 3 in obs.shape[1::2]):
         shapes = ", ".join(f"{key} {columns[key].shape}" for key in needed)
         raise ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
+    if not all(values.dtype.kind in "biuf" for values in (obs, actions, rewards, next_obs)):
+        raise ValueError(f"{name}: numbers expected in {', '.join(needed)}")
     players = actions.shape[1]
     if obs.shape[1] != players + 3:  # channels last
         obs, next_obs = np.moveaxis(obs, 3, 1), np.moveaxis(next_obs, 3, 1)
@@ -241,8 +246,8 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
         if rows.any():
             raise ValueError(f"{name}: {rows.sum()} rows have {problem}")
     game, t = np.arange(len(obs)), np.zeros(len(obs))
-    if {"episode", "agent", "t"} <= set(columns):
-        changes = np.diff([columns[key].astype(np.int64) for key in ("episode", "agent", "t")])
+    if set(GAME_IDS) <= set(columns):
+        changes = np.diff([columns[key].astype(np.int64) for key in GAME_IDS])
         game[1:], t = (changes != [[0], [0], [1]]).any(0).cumsum(), columns["t"]
     values = (obs, actions, rewards, next_obs, game, t)
     types = (np.uint8, np.int64, np.float32, np.uint8, np.int64, np.int64)
@@ -263,6 +268,10 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, "stag_hunt.Config |
     """Training and test transitions, and the game's rules, where they are known. Raises ValueError with one line."""
     columns = {} if args.data is None else read_columns(Path(args.data))
     record, config = "meta" in columns, None
+    ids = not record and set(GAME_IDS) <= set(columns)
+    for key in GAME_IDS if ids else ():
+        if columns[key].shape != columns[GAME_IDS[0]].shape[:1] or columns[key].dtype.kind not in "iu":
+            raise ValueError(f"{args.data}: a whole number in each row of {', '.join(GAME_IDS)} expected")
     if "stag_hunt" not in globals() and (args.data is None or record):
         raise ValueError("envs/stag_hunt.py is not here to collect or read games with; pass --data FILE, a plain npz")
     if args.data and (args.stag_moves or args.n_blocks):
@@ -277,13 +286,23 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, "stag_hunt.Config |
     if record:  # of games: the test split has games of its own
         columns, meta = stag_hunt.load_dataset(Path(args.data), RECORD_FIELDS)
         held_out = columns["split"][columns["episode"]] == 2
-        rules = {key: value for key, value in meta["env_kwargs"].items() if key in stag_hunt.Config._fields}
+        rules = {key: value for key, value in meta.get("env_kwargs", {}).items() if key in stag_hunt.Config._fields}
         config = stag_hunt.Config(**rules) if rules else None  # else it is another game's
+    elif ids:  # each player's view of a game is a stretch of rows, and the last fifth of the games is held out
+        order = np.lexsort([columns[key] for key in reversed(GAME_IDS)])
+        columns = {k: values[order] if values.shape[:1] == order.shape else values for k, values in columns.items()}
+        games = np.unique(columns["episode"])
+        held_out = np.isin(columns["episode"], games[len(games) - len(games) // 5 :])
     whole = to_transitions(columns, args.data)
-    if not record:  # rows are in order, so the last fifth has games of its own, but for one
+    if not record and not ids:  # if rows are in order, the last fifth has games of its own, but for one
         held_out = np.arange(len(whole.obs)) >= len(whole.obs) - len(whole.obs) // 5
     if not held_out.any():
-        raise ValueError(f"{args.data} has {len(held_out)} rows: too few to hold out a test")
+        games = (
+            f" of {len(games)} games: too few to hold out a fifth; leave out episode"
+            if ids
+            else ": too few to hold out a test"
+        )
+        raise ValueError(f"{args.data} has {len(held_out)} rows{games}")
     return whole.select(torch.from_numpy(~held_out)), whole.select(torch.from_numpy(held_out)), config
 
 
@@ -484,7 +503,15 @@ class Learner:
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, joint actions -> next frames, rewards
 HUNT_STAG, HUNT_HARE = 5, 6  # actions of Markov Stag-Hunt
 SAME_REWARD = 0.02  # a regression's rounding is no violation; the game's rewards are at least 0.08 apart
+MOST_REWARDS = 100  # more values than that are no rule of a game
 RULES = ("duplicated", "jumped", "vanished", "stayed", "reappeared", "in an obstacle", "prey", "obstacles", "reward")
+
+
+def same_reward(game: Game) -> float:
+    """Rewards are the same within this: `SAME_REWARD`, or a quarter of the least gap between those that are paid."""
+    gaps = np.diff(game.legal_rewards)
+    apart = gaps[gaps > 1e-5 * np.abs(game.legal_rewards).max(initial=0.0)]  # not by rounding alone
+    return min(SAME_REWARD, float(apart.min(initial=math.inf)) / 4.0)
 
 
 def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
@@ -512,6 +539,7 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         else:
             prey_wrong |= (next_prey != left).any(1)
     more_stags, legal = after[:, n + 1].sum(1) > now[:, n + 1].sum(1), torch.tensor(game.legal_rewards)
+    unpaid = torch.zeros_like(rewards) if not len(legal) else (rewards[:, :, None] - legal).abs().amin(2)
     result = {
         "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
         "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
@@ -521,7 +549,7 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         "in an obstacle": (next_players & now[:, n : n + 1]).flatten(1).any(1),
         "prey": prey_wrong,  # came, went without being hunted, jumped, or outlived its hunt
         "obstacles": (after[:, n] != now[:, n]).any(1),  # changed
-        "reward": ((rewards[:, :, None] - legal).abs().amin(2) > SAME_REWARD).any(1),  # is never paid
+        "reward": (unpaid > same_reward(game)).any(1),  # is never paid
     }
     in_frame = torch.stack([broken for rule, broken in result.items() if rule != "reward"]).any(0)
     return result | {"any in the frame": in_frame, "any": in_frame | result["reward"]}
@@ -552,7 +580,7 @@ def measure_frames(game: Game, predict: Predict, data: Transitions) -> dict[str,
         frame, rewards = predict(batch.obs, batch.actions)
         right = (frame == batch.next_obs).flatten(2).all(2)  # (B, C)
         exact, changed = right.all(1), (batch.next_obs != batch.obs).flatten(1).any(1)
-        paid, event = ((rewards - batch.rewards).abs() < SAME_REWARD).all(1), (batch.rewards != 0).any(1)
+        paid, event = ((rewards - batch.rewards).abs() < same_reward(game)).all(1), (batch.rewards != 0).any(1)
         broken = violations(game, batch.obs, batch.actions, frame, rewards)
         hits = {
             "exact": exact, "exact_changed": exact[changed], "exact_players": right[:, : game.players].all(1),
@@ -664,7 +692,7 @@ class Foreign:
     def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """What it returns. Raises ValueError with one line for wrong shapes or values that are not finite."""
         try:
-            outputs = self.function(obs.numpy().astype(np.float32), actions.numpy())
+            outputs = self.function(obs.numpy().astype(np.float32), actions.numpy().copy())
             frame, rewards = (np.asarray(value, np.float32) for value in outputs)
         except Exception as error:
             raise ValueError(f"{self.name} failed ({type(error).__name__}: {error})") from None
@@ -1004,14 +1032,14 @@ def draw_transitions(game: Game, predict: Predict, data: Transitions, worst: boo
         for batch in data.batches():
             frame, rewards = predict(batch.obs, batch.actions)
             broken = violations(game, batch.obs, batch.actions, frame, rewards)["any"]
-            mispaid = ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
+            mispaid = ((rewards - batch.rewards).abs() > same_reward(game)).any(1)
             scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + mispaid)
         rows = torch.cat(scores).argsort(descending=True, stable=True)[:8]
     batch = data.select(rows)
     frame, rewards = predict(batch.obs, batch.actions)
     broken = violations(game, batch.obs, batch.actions, frame, rewards)
     wrong = (frame != batch.next_obs).flatten(1).any(1)
-    mispaid = ((rewards - batch.rewards).abs() > SAME_REWARD).any(1)
+    mispaid = ((rewards - batch.rewards).abs() > same_reward(game)).any(1)
     figure = Figure(figsize=(9.0, 3.2 * len(rows)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(rows), 3, squeeze=False)):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
@@ -1046,9 +1074,9 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def check(args: Args) -> Args:
     """Check all sizes. Raises ValueError with one line."""
-    may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef", "learning_rate")
+    may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef")
     for name, value in asdict(args).items():
-        least = 0 if name in may_be_zero else 1
+        least = 0 if name in may_be_zero else 1e-12 if name == "learning_rate" else 1
         most = 2**63 - 1 if type(value) is int else math.inf
         if type(value) in (int, float) and not (math.isfinite(value) and least <= value <= most):
             limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
@@ -1062,12 +1090,14 @@ def find_game(train: Transitions, test: Transitions, args: Args, config: "stag_h
     """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
     players, seen = train.actions.shape[1], train.rewards.unique().tolist()
     values = sorted({round(value, 4) for value in seen} | {0.0})
-    if args.load is None and args.model != "mse" and len(values) > 100:
+    if args.load is None and args.model != "mse" and len(values) > MOST_REWARDS:
         raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
-    legal = sorted({*values, *test.rewards.unique().tolist()})
-    if args.data is None:
-        legal = [0.0, *payments(players).values()]
     exact = [min(seen, key=lambda own: abs(own - value)) for value in values]
+    legal = sorted({0.0, *exact, *test.rewards.unique().tolist()})
+    if args.data is None:
+        legal = sorted({0.0, *payments(players).values()})
+    elif len(legal) > MOST_REWARDS:
+        legal = []
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
     stags = int(train.obs[:, players + 1].flatten(1).sum(1).max())
     moves = config is not None and config.stag_moves
@@ -1102,11 +1132,15 @@ def main(args: Args) -> Path:
             check_mask(game, train)
     except ValueError as error:
         usage_error(str(error))
-    digest = hashlib.sha256(train.obs.numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for values in (*train, *test):
+        digest.update(values.numpy().data)
+    digest = digest.hexdigest()
     run = Run(args)
     step = 0
     if run.checkpoint is not None:
         if run.checkpoint["data"] != digest:
+            run.close()
             usage_error(f"the data are not those that {run.folder} began with; restore them")
         step = run.checkpoint["step"]
         model.load_state_dict(run.checkpoint["model"])
@@ -1114,12 +1148,13 @@ def main(args: Args) -> Path:
         run.restore_random_state()
     on_device, sample = train.to(device), test.spread(5_000)
     for step in range(step + 1, args.total_timesteps + 1 if args.load is None else 0):  # noqa: B020
-        batch = on_device.select(torch.randint(len(train.obs), (args.batch_size,)).to(device))
+        batch = on_device.select(torch.randint(len(train.obs), (args.batch_size,), device=device))
         losses = learner.update(batch, (step - 1) / args.total_timesteps)
         last = step == args.total_timesteps
         evaluating, saving = (last or step % often == 0 for often in (args.eval_frequency, args.checkpoint_frequency))
         run.progress(step, f"{100 * run.eval_rows[-1]['exact']:.2f} % exact" if run.eval_rows else "")
-        if step % 100 == 0 or evaluating or saving or run.signal:
+        saving = saving or run.signal  # one that comes later is seen in the next step
+        if step % 100 == 0 or evaluating or saving:
             # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
             run.log(step, {f"losses/{name}": value for name, value in losses.items()})
             run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
@@ -1128,7 +1163,7 @@ def main(args: Args) -> Path:
             metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, sample)}
             names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
             run.log_evaluation(step, {name: metrics[name] for name in names})
-        if saving or run.signal:
+        if saving:
             state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
             run.save_checkpoint(step, state)
             if run.signal and not last:
@@ -1137,22 +1172,30 @@ def main(args: Args) -> Path:
     if args.load is None:
         texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
         write_atomically(run.folder / "model.pt", lambda file: torch.save({"model": model.state_dict(), **texts}, file))
+
+    def leave(number: int, _: Any) -> NoReturn:
+        run.signal = number
+        raise KeyboardInterrupt
+
+    for number in run.handlers:  # a test may take long, and a resumed run makes it again: no need to wait for its end
+        signal.signal(number, leave)
+    name, step = args.load or f"{args.model}, {args.action_input}", args.total_timesteps
     try:
+        if run.signal:
+            raise KeyboardInterrupt
         result = measure_all(model, learner, args, game, train, test, game_limit(config, test))
+        print(report(result, game, name))
+        write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+        run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
+        run.log_figure(step, "summary", draw_summary(result, name))
+        for kind in ("worst", "random"):
+            figure = draw_transitions(game, model.predict, test, worst=kind == "worst")
+            run.log_figure(step, f"transitions_{kind}", figure)
+        run.save_checkpoint(step, {}, finished=True)
+    except KeyboardInterrupt:
+        run.stop()
     except ValueError as error:  # a foreign function may fail at times
         run.fail(str(error))
-    name = args.load or f"{args.model}, {args.action_input}"
-    print(report(result, game, name))
-    write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    step = args.total_timesteps
-    run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
-    run.log_figure(step, "summary", draw_summary(result, name))
-    for kind in ("worst", "random"):
-        figure = draw_transitions(game, model.predict, test, worst=kind == "worst")
-        run.log_figure(step, f"transitions_{kind}", figure)
-        if run.signal:
-            run.stop()  # resumed, it tests again
-    run.save_checkpoint(step, {}, finished=True)
     run.close()
     print(f"all figures and pictures: {run.folder}")
     return run.folder

@@ -114,7 +114,9 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], l
     scores, probes, curves = [], [], []
     for about in sorted(folder.glob("pretrain_vae_moa-*__*__*/args.json")):
         name, path = about.parent.name, about.parent
-        variant, environment, seed = name.removeprefix("pretrain_vae_moa-").split("__")
+        variant, environment, seed = name.removeprefix("pretrain_vae_moa-").split("__", 2)
+        if not seed.isdecimal():
+            continue  # somebody's own name
         if not (path / "latent.png").exists():  # drawn once, after the tables are written
             print(f"not finished, left out: {name}")
             continue

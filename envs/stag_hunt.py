@@ -819,6 +819,13 @@ def sha256(values: np.ndarray) -> str:
 
 def make_dataset(arrays: Arrays, meta: dict[str, Any]) -> Dataset:
     """A checked record of arrays that may have other types than those of `FIELDS`; ValueError as `check_dataset`."""
+    for name, kind in ((name, np.dtype(FIELDS[name][0])) for name in FIELDS if name in arrays):
+        with np.errstate(invalid="ignore"):
+            same = (
+                kind.kind not in "iu" or arrays[name].dtype == kind or (arrays[name].astype(kind) == arrays[name]).all()
+            )
+        if not same:
+            raise ValueError(f"{name} holds values that {kind} cannot; scale or round them before")
     arrays = {name: arrays[name].astype(FIELDS[name][0], copy=False) for name in FIELDS if name in arrays}
     check_dataset(Dataset(arrays, meta))
     return Dataset(arrays, meta)
@@ -919,6 +926,12 @@ def check_dataset(data: Dataset) -> None:
             raise ValueError("rows are not in the order episode, agent, t")
         if "split" in arrays and not 0 <= episode.min() <= episode.max() < len(arrays["split"]):
             raise ValueError(f"episodes {episode.min()} to {episode.max()}, but {len(arrays['split'])} splits")
+    if {"agent", "prev_actions", "action_mask"} <= set(arrays):
+        (_, players), (_, actions) = arrays["prev_actions"].shape, arrays["action_mask"].shape
+        for name, least, most in (("agent", 0, players - 1), ("prev_actions", -1, actions - 1)):
+            if not least <= arrays[name].min() <= arrays[name].max() <= most:
+                found = f"{arrays[name].min()} to {arrays[name].max()}"
+                raise ValueError(f"{name} from {found}, {least} to {most} expected")
     if {"episode", "split"} <= set(arrays):
         for number, name in enumerate(SPLITS):
             if not (arrays["split"][arrays["episode"]] == number).any():

@@ -626,6 +626,41 @@ def test_a_leak_is_noticed(tiny, no_pictures, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "warning: better than history Bayes can be" in printed
 
+    def copy(model, records, rows):
+        """Mostly what was done: no better in expectation, and better than the oracle in fact."""
+        result = evaluate(model, records, rows)
+        did = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
+        copied = np.random.default_rng(0).random(len(rows)) < 0.98
+        return result._replace(q=np.where(copied[:, None], did, result.q))
+
+    monkeypatch.setattr(moa, "evaluate", copy)
+    main(tiny(rows=6_000, total_timesteps=2, run_name="copy", env_id="4p5b8x8"))
+    printed = capsys.readouterr().out
+    assert "better than history Bayes can be" in printed and "better than oracle can be" in printed
+
+
+def test_a_signal_in_the_report_ends_the_run_at_once(reference, tiny, no_pictures, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(moa, "final_table", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), pytest.fail("goes on")))
+        assert exit_status(tiny()) == 128 + signal.SIGTERM
+    args = tiny(resume=True)
+    assert exit_status(args) == 0
+    assert not differences(outcome(Path(args.runs_dir) / "run"), reference)
+
+
+def test_records_with_other_names_and_scales(data):
+    arrays, meta = dict(data.arrays), {k: v for k, v in data.meta.items() if k != "observation_scale"}
+    arrays["strategy"] = np.full_like(arrays["strategy"], -1)
+    del arrays["policy_probs"]
+    records = Records(arrays, meta | {"channel_names": ["one"], "action_names": ["a"]}, "1", CPU)
+    channels, actions = records.sizes.channels, records.sizes.actions
+    assert records.channel_names == [f"plane {i}" for i in range(channels)] and records.strategies == []
+    assert records.action_names == [str(i) for i in range(actions)] and records.sizes.pixel_scale == 1.0
+    bright = {**arrays, "obs": arrays["obs"] * 200}
+    assert Records(bright, meta, "1", CPU).sizes.pixel_scale == 255.0
+    other = {**arrays, "split": np.roll(arrays["split"], 1)}
+    assert Records(other, meta, "1", CPU).fingerprint() != Records(arrays, meta, "1", CPU).fingerprint()
+
 
 @pytest.mark.parametrize("objective", ["reconstruction", "moa"])
 @pytest.mark.parametrize("context", CONTEXTS)

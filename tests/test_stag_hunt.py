@@ -700,3 +700,14 @@ def test_arrays_of_other_types_become_a_checked_record():
     assert all(values.dtype == data.arrays[name].dtype for name, values in made.arrays.items())
     with pytest.raises(ValueError, match="forbidden"):
         make_dataset({**wide, "action_mask": 1 - wide["action_mask"]}, data.meta)
+
+
+@pytest.mark.parametrize(("name", "change", "part"), [
+    ("agent", lambda v: v + 1, "agent from 1 to 4, 0 to 3 expected"),
+    ("prev_actions", lambda v: np.where(v < 0, 99, v), "prev_actions from 0 to 99, -1 to 6 expected"),
+    ("obs", lambda v: v * 0.5, "obs holds values that uint8 cannot"),
+    ("action", lambda v: v.astype(int) + 256, "action holds values that int8 cannot"),
+])  # fmt: skip
+def test_numbers_that_a_record_cannot_hold_are_refused(name, change, part, data):
+    with pytest.raises(ValueError, match=part):
+        make_dataset({**data.arrays, name: change(data.arrays[name])}, data.meta)

@@ -485,8 +485,36 @@ def test_a_plain_file_that_names_its_games_is_rolled_out(tmp_path):
     path = save(tmp_path / "plain.npz", to_transitions(record.arrays, "games"), **columns)
     train, test, config = wm.find_data(Args(data=path))
     assert config is None
-    assert len(train.obs) == 1_600 and len(test.obs) == 400
-    assert list(wm.measure_open_loop(lambda obs, _: (obs, None), test, 5)) == [1, 2, 3, 4, 5]
+    episodes = np.unique(columns["episode"])
+    last = np.isin(columns["episode"], episodes[-(len(episodes) // 5) :])
+    for part, rows in ((train, ~last), (test, last)):  # no game is in both
+        assert torch.equal(part.obs, torch.from_numpy(record.arrays["obs"][rows]))
+    rolled = wm.measure_open_loop(lambda obs, _: (obs, None), test, 5)
+    assert list(rolled) == [1, 2, 3, 4, 5]
+    order = np.random.default_rng(0).permutation(2_000)  # in any order
+    whole = to_transitions(record.arrays, "games").select(torch.from_numpy(order))
+    path = save(tmp_path / "mixed.npz", whole, **{name: values[order] for name, values in columns.items()})
+    assert torch.equal(wm.find_data(Args(data=path))[1].obs, test.obs)
+    for changes, part in (
+        ({"episode": np.zeros(2_000, int)}, "has 2000 rows of 1 games: too few to hold out a fifth"),
+        ({"t": columns["t"] + 0.5}, "a whole number in each row of episode, agent, t expected"),
+        ({"agent": columns["agent"][:7]}, "a whole number in each row of episode, agent, t expected"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            wm.find_data(Args(data=save(tmp_path / "bad.npz", whole, **{**columns, **changes})))
+
+
+def test_rewards_of_any_kind_can_be_tested(tmp_path, no_pictures, data):
+    """Thousands of different rewards are no rule, and small ones are not all the same."""
+    generator = np.random.default_rng(0)
+    path = save(tmp_path / "many.npz", data, rewards=generator.normal(size=data.rewards.shape).astype(np.float32))
+    result = json.loads((run(tmp_path, run_name="many", data=path, model="mse") / "metrics.json").read_text())
+    assert result["mode"]["violation reward"] == 0.0 and result["mode"]["violation any"] > 0.0
+    train, test, _ = wm.find_data(Args(data=save(tmp_path / "small.npz", data, rewards=data.rewards.numpy() / 1_000)))
+    game = wm.find_game(train, test, Args(data="small.npz"))
+    nothing = wm.measure_frames(game, lambda obs, actions: (obs, torch.zeros(actions.shape)), test)
+    assert 0.0 < nothing["reward"] < 1.0 and nothing["reward_event"] == 0.0
+    assert wm.same_reward(GAME) == 0.02 and wm.same_reward(game) < 0.0003
 
 
 def test_a_record_of_games_is_tested_on_games_of_its_own(tmp_path):
@@ -523,6 +551,7 @@ BAD_DATA = {
         "has 3 rows: too few to hold out",
     ),
     "teleport": ({"next_obs": "teleport"}, "add --no-mask"),
+    "words": ({"actions": "words"}, "numbers expected in obs, actions, rewards, next_obs"),
     "halves": ({"actions": "halves"}, "1 rows have actions that are not whole numbers from -1"),
     "negative": ({"actions": "negative"}, "1 rows have actions that are not whole numbers from -1"),
 }
@@ -543,6 +572,8 @@ def test_bad_data_are_refused_with_a_line(changes, part, data, tmp_path, capsys)
             values[3, 0] = {"halves": 0.5, "negative": -2}[how]
         elif how == "fewer":
             values = values[:, 1:]
+        elif how == "words":
+            values = values.astype(str)
         elif how == "objects":
             values = values.astype(object)
         elif how in ("none", "few"):
@@ -606,7 +637,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path, no_pictures, capsys):
         assert error.value.code == 2 and part in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"learning_rate": float("inf")}, {"rows": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 0}, {"learning_rate": float("inf")}, {"learning_rate": 0.0}, {"rows": -1}]
+)
 def test_bad_values_are_refused(changes, tmp_path, capsys):
     (name,) = changes
     assert f"--{name.replace('_', '-')}" in refused(capsys, tmp_path, **changes)
@@ -618,15 +651,42 @@ def test_what_this_script_cannot_do_is_refused(data, tmp_path, capsys):
     assert "for games that are collected here" in refused(capsys, tmp_path, data=path, stag_moves=True)
 
 
-def test_a_signal_after_the_last_step_ends_the_run_as_a_signal_does(tmp_path, monkeypatch, no_pictures):
+def test_a_signal_after_the_last_step_ends_the_run_at_once(tmp_path, monkeypatch, no_pictures):
     whole = run(tmp_path, run_name="whole")
     with monkeypatch.context() as patch:
-        real = wm.measure_all
-        patch.setattr(wm, "measure_all", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1])
+        patch.setattr(wm, "measure_all", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), pytest.fail("goes on")))
         with pytest.raises(SystemExit) as stopped:
             run(tmp_path, run_name="stopped")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert same(whole, run(tmp_path, run_name="stopped", resume=True))
+
+
+def test_a_function_that_fails_late_or_writes_into_its_inputs(tmp_path, capsys):
+    (tmp_path / "theirs.py").write_text(
+        "def late(obs, actions):\n    return obs, 0.0 * actions if len(obs) > 8 else 1 / 0\n"
+        "def writes(obs, actions):\n    actions[:] = 99\n    return obs, 0.0 * actions\n"
+    )
+    sys.modules.pop("theirs", None)
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, run_name="late", load="theirs:late")
+    assert error.value.code == 1 and "theirs:late failed (ZeroDivisionError" in capsys.readouterr().err
+    model, actions = wm.Foreign("theirs:writes"), torch.zeros(3, 4, dtype=torch.int64)
+    model.predict(torch.zeros(3, 7, 8, 8, dtype=torch.uint8), actions)
+    assert not actions.any()
+    sys.modules.pop("theirs", None)
+
+
+def test_other_data_are_noticed_when_resumed(data, tmp_path, monkeypatch, no_pictures, capsys):
+    path = save(tmp_path / "plain.npz", data)
+    stop_at(monkeypatch, 13, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run(tmp_path, run_name="one", data=path)
+    rewards = data.rewards.numpy().copy()
+    rewards[-1] = 1.0  # in the test's rows
+    save(tmp_path / "plain.npz", data, rewards=rewards)
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, run_name="one", data=path, resume=True)
+    assert error.value.code == 2 and "the data are not those" in capsys.readouterr().err
 
 
 def test_several_stags_can_be_duplicated():
