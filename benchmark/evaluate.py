@@ -1,18 +1,21 @@
-"""Play fresh episodes with a saved HyAR-TD3 model and print how well it does.
+"""Play fresh episodes with a saved model of HyAR-TD3 or SAC+AE and print how well it does.
 
     python benchmark/evaluate.py runs/NAME
     python benchmark/evaluate.py runs/NAME --model model.pt --episodes 1000
     python benchmark/evaluate.py runs/NAME --at-least 0.9
+    python benchmark/evaluate.py runs/NAME --still --own-episodes
 
-The last one exits with status 1 if the mean return is below 0.9.
+The third exits with status 1 if the mean return is below 0.9. The last tells what the starts of a SAC+AE run's own
+evaluation episodes are worth to a policy that does nothing.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from plot import usage_error
@@ -20,6 +23,7 @@ from plot import usage_error
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyar_td3
+import sac_ae_pixels
 
 
 @dataclass
@@ -34,32 +38,65 @@ class Args:
     """how many episodes to play"""
     seed: int = 12345
     """their seed; none of them is an episode of the run's training or evaluations"""
+    own_episodes: bool = False
+    """if toggled, play the first of the run's own evaluation episodes instead of fresh ones"""
     at_least: float | None = None
     """exit with status 1 if the mean return is below"""
     average: bool = True
-    """if toggled, play the moving average of the policy, by which the best model is chosen"""
+    """if toggled, play the moving average of HyAR-TD3's policy, by which its best model is chosen"""
+    still: bool = False
+    """if toggled, play actions of 0 instead of SAC+AE's policy"""
 
 
-def load_agent(path: Path) -> hyar_td3.HyARTD3:
+Agent = hyar_td3.HyARTD3 | sac_ae_pixels.SACAE
+
+
+def load_agent(path: Path) -> Agent:
     """Rebuild the agent of a model file, on the CPU, from the arguments that the file holds. Exits 2 if it cannot."""
     if not path.is_file():
         usage_error(f"there is no model {path}; a run writes it at its first evaluation (see --model)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        args = hyar_td3.Args(**json.loads(content.pop("arguments")))
+        pixels = "action_dim" in content
+        args = (sac_ae_pixels if pixels else hyar_td3).Args(**json.loads(content.pop("arguments")))
     except Exception as error:  # a damaged file raises nearly anything
-        usage_error(f"{path} is not a model of hyar_td3.py ({type(error).__name__})")
+        usage_error(f"{path} is not a model of hyar_td3.py or sac_ae_pixels.py ({type(error).__name__})")
     try:
-        env = hyar_td3.make_env(args.env_id)
+        env = None if pixels else hyar_td3.make_env(args.env_id)
     except ValueError as error:
         usage_error(str(error))
     try:
-        agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
-        content.pop("critic", None)  # it does not play
-        agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
+        if pixels:
+            agent = sac_ae_pixels.SACAE(args, content["action_dim"], torch.device("cpu"))
+            for name in ("actor", "critic"):
+                getattr(agent, name).load_state_dict(content[name])
+        else:
+            agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
+            content.pop("critic", None)  # it does not play
+            agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
     except Exception as error:
         usage_error(f"{path} does not fit {args.env_id} as it is here ({type(error).__name__})")
     return agent
+
+
+def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
+    """What `evaluate` of the agent's script says, and the name of the policy. Exits 2 without the environment."""
+    fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
+    seed = agent.args.seed if args.own_episodes else fresh
+    if isinstance(agent, hyar_td3.HyARTD3):
+        if args.still:
+            usage_error("--still: hybrid actions have none that does nothing; leave it out")
+        environments = [hyar_td3.make_env(agent.args.env_id) for _ in range(args.episodes)]
+        policy = "the policy's moving average" if args.average else "the actor"
+        return hyar_td3.evaluate(agent, environments, seed, average=args.average), policy
+    try:
+        env = sac_ae_pixels.make_env(agent.args)
+    except ValueError as error:
+        usage_error(str(error))
+    if args.still:
+        agent.act = lambda observation: np.zeros((len(observation), agent.action_dim), np.float32)
+    result, _ = sac_ae_pixels.evaluate(agent, env, replace(agent.args, seed=seed, eval_episodes=args.episodes))
+    return result, "actions of 0" if args.still else "the policy's mean"
 
 
 def main(args: Args) -> None:
@@ -70,13 +107,11 @@ def main(args: Args) -> None:
     path = args.run / args.model
     torch.set_num_threads(1)
     agent = load_agent(path)
-    environments = [hyar_td3.make_env(agent.args.env_id) for _ in range(args.episodes)]
-    fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
-    result = hyar_td3.evaluate(agent, environments, fresh, average=args.average)
-    mean, std, success = (result[name] for name in ("episodic_return", "return_std", "success_rate"))
-    policy = "the policy's moving average" if args.average else "the actor"
-    print(f"{path}, {args.episodes} fresh episodes of {agent.args.env_id}, {policy}:")
-    print(f"return {mean:.3f} ± {std:.3f}, success rate {success:.3f}, length {result['episodic_length']:.1f}")
+    result, policy = play(agent, args)
+    mean, kind = result["episodic_return"], "of the run's own" if args.own_episodes else "fresh"
+    success = f", success rate {result['success_rate']:.3f}" if "success_rate" in result else ""
+    print(f"{path}, {args.episodes} {kind} episodes of {agent.args.env_id}, {policy}:")
+    print(f"return {mean:.3f} ± {result['return_std']:.3f}{success}, length {result['episodic_length']:.1f}")
     if args.at_least is not None and not mean >= args.at_least:
         print(f"the mean return {mean:.3f} is below {args.at_least:g}")
         raise SystemExit(1)

@@ -518,6 +518,29 @@ def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
     assert len(set(seeds)) == 40 and not set(seeds) & used
 
 
+def test_evaluate_plays_from_pixels_and_stands_still(tmp_path, monkeypatch, capsys):
+    import sac_ae_pixels
+
+    args = sac_ae_pixels.resolve(sac_ae_pixels.Args(
+        env_id="Pendulum-v1", image_size=16, num_layers=1, num_filters=2, hidden_dim=8, action_repeat=20, seed=3,
+    ))  # fmt: skip
+    torch.manual_seed(0)
+    agent = sac_ae_pixels.SACAE(args, 1, torch.device("cpu"))
+    sac_ae_pixels.save_model(agent, args, tmp_path / "model.pt")
+    env, given, step = sac_ae_pixels.make_env(args), [], sac_ae_pixels.PixelEnv.step
+    own, _ = sac_ae_pixels.evaluate(agent, env, sac_ae_pixels.replace(args, eval_episodes=2))
+    monkeypatch.setattr(sac_ae_pixels.PixelEnv, "step", lambda self, a: (given.append(float(a[0])), step(self, a))[1])
+    printed = []
+    for changes in ({"own_episodes": True}, {}, {"own_episodes": True, "still": True}):
+        given.clear()
+        evaluate.main(evaluate.Args(tmp_path, model="model.pt", episodes=2, **changes))
+        assert len(given) == 20 and any(given) != ("still" in changes)
+        printed.append(capsys.readouterr().out)
+    assert f"return {own['episodic_return']:.3f} ± {own['return_std']:.3f}, length 10.0" in printed[0]
+    assert "fresh episodes of Pendulum-v1, the policy's mean" in printed[1] and "actions of 0" in printed[2]
+    assert len({text.splitlines()[1] for text in printed}) == 3
+
+
 def test_evaluate_fails_below_the_limit(trained, capsys):
     evaluate.main(evaluate.Args(trained, episodes=2, at_least=-1.0))
     with pytest.raises(SystemExit) as exit_:
