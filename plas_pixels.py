@@ -1213,7 +1213,6 @@ def main(args: Args) -> Path:
     except ValueError as error:
         usage_error(str(error))
     environments = [make_env(args) for _ in range(args.eval_episodes)]
-    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
     run = Run(args)
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
@@ -1225,6 +1224,7 @@ def main(args: Args) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent, dataset = PLAS(args, env, device), dataset.to(device)
     fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, min(2_000, len(dataset.rows)), device=device).long())
+    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
     stacks = Dataset(wide, args.frame_stack)
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
     states = wide["state"][stacks.rows - 1]
