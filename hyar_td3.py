@@ -756,7 +756,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.wandb, self.checkpoint = 0, None, None
+        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
         if self.folder.exists() and not args.resume:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         if args.resume and self.folder.exists():
@@ -795,8 +795,10 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step."""
+        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
         self.signal = number
+        if self.at_once:
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
@@ -1040,17 +1042,15 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
 # Main ----------------------------------------------------------------------------------------------------------------
 def resolve(args: Args, env: gym.Env) -> Args:
     """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    own, chosen = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else "", args.discrete_latent_dim
+    if args.discrete_embedding == "one-hot":
+        size, chosen = HybridActionSpace(env.action_space).num_actions, args.discrete_latent_dim
+        if chosen not in (None, size):
+            raise ValueError(f"--discrete-latent-dim {chosen}: one-hot has {size} here, one an action; leave it out")
+        args.discrete_latent_dim = size
+    own = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else ""
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.discrete_embedding == "one-hot":
-        size = HybridActionSpace(env.action_space).num_actions
-        if chosen not in (None, size):
-            raise ValueError(
-                f"--discrete-latent-dim {chosen}: one-hot has {size} here, one for each action; leave it out"
-            )
-        args.discrete_latent_dim = size
     at_least_one = {
         "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "buffer_size", "batch_size",
         "policy_frequency", "exploration_noise_episodes", "random_episodes", "discrete_latent_dim",
@@ -1109,8 +1109,8 @@ def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBu
     actions, transitions = agent.actions, []
     for episode in range(-args.random_episodes, 0):
         observation, done = reset_episode(env, args, episode, run), False
+        shown = f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}"
         while not done:
-            shown = f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}"
             run.progress(0, shown)
             k = int(generator.integers(actions.num_actions))
             x = generator.uniform(-1.0, 1.0, actions.parameter_dim).astype(np.float32) * actions.mask[k]

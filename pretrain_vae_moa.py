@@ -995,7 +995,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.wandb, self.checkpoint = 0, None, None
+        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
         if self.folder.exists() and not args.resume:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         if args.resume and self.folder.exists():
@@ -1034,8 +1034,10 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step."""
+        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
         self.signal = number
+        if self.at_once:
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
@@ -1329,7 +1331,8 @@ def report(run: "Run", step: int, model: MOA, records: Records) -> None:
     probes = run_probes(model, records, result)
     write_csv(run.folder / "probes.csv", [probes])
 
-    print(f"\n{len(rows):,} held-out rows of {len(np.unique(records.arrays['episode'][rows])):,} games")
+    games = len(np.unique(records.arrays["episode"][rows]))
+    print(f"\n{len(rows):,} held-out rows of {games:,} games")
     columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
     columns = [name for name in columns if not math.isnan(table[0][name])]
     width = max(map(len, predictions)) + 2
@@ -1341,8 +1344,8 @@ def report(run: "Run", step: int, model: MOA, records: Records) -> None:
         gain, error = difference(result.q, predictions[name], records, rows)
         print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
         lucky, luck = difference(result.q, predictions[name], records, rows, done=True)
-        games = len(np.unique(records.arrays["episode"][rows]))  # of a few games the errors are not known
-        if games >= 10 and max(gain / max(error, 1e-9), lucky / max(luck, 1e-9)) > LEAK_ERRORS:
+        above = max(gain / max(error, 1e-9), lucky / max(luck, 1e-9))
+        if games >= 10 and above > LEAK_ERRORS:  # of fewer games the errors are not known
             print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
     print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
 
@@ -1440,13 +1443,7 @@ def main(args: Args) -> Path:
         run.log_evaluation(step, evaluate_epoch(model, records, {})[0])
         save_model(model, run.folder / "best_model.pt")
     best = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
-
-    def leave(number: int, _: Any) -> NoReturn:
-        run.signal = number
-        raise KeyboardInterrupt
-
-    for number in run.handlers:  # a report may take long, and a resumed run makes it again: no need to wait for its end
-        signal.signal(number, leave)
+    run.at_once = True  # a report may take long, and a resumed run makes it again: no need to wait for its end
     try:
         if run.signal:
             raise KeyboardInterrupt

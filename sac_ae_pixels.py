@@ -793,7 +793,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.wandb, self.checkpoint = 0, None, None
+        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
         if self.folder.exists() and not args.resume:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         if args.resume and self.folder.exists():
@@ -832,8 +832,10 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step."""
+        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
         self.signal = number
+        if self.at_once:
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""

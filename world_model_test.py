@@ -268,10 +268,6 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, "stag_hunt.Config |
     """Training and test transitions, and the game's rules, where they are known. Raises ValueError with one line."""
     columns = {} if args.data is None else read_columns(Path(args.data))
     record, config = "meta" in columns, None
-    ids = not record and set(GAME_IDS) <= set(columns)
-    for key in GAME_IDS if ids else ():
-        if columns[key].shape != columns[GAME_IDS[0]].shape[:1] or columns[key].dtype.kind not in "iu":
-            raise ValueError(f"{args.data}: a whole number in each row of {', '.join(GAME_IDS)} expected")
     if "stag_hunt" not in globals() and (args.data is None or record):
         raise ValueError("envs/stag_hunt.py is not here to collect or read games with; pass --data FILE, a plain npz")
     if args.data and (args.stag_moves or args.n_blocks):
@@ -283,26 +279,26 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, "stag_hunt.Config |
             return *[collect(args, config, *part) for part in parts], config
         except OSError as error:
             raise ValueError(f"cannot write {error.filename}: {error.strerror}; go to a folder of your own") from None
+    held_out, few = None, ": too few to hold out a test"
     if record:  # of games: the test split has games of its own
         columns, meta = stag_hunt.load_dataset(Path(args.data), RECORD_FIELDS)
         held_out = columns["split"][columns["episode"]] == 2
         rules = {key: value for key, value in meta.get("env_kwargs", {}).items() if key in stag_hunt.Config._fields}
         config = stag_hunt.Config(**rules) if rules else None  # else it is another game's
-    elif ids:  # each player's view of a game is a stretch of rows, and the last fifth of the games is held out
+    elif set(GAME_IDS) <= set(columns):  # rows are put in order; the last fifth of the games is held out
+        for key in GAME_IDS:
+            if columns[key].shape != columns[GAME_IDS[0]].shape[:1] or columns[key].dtype.kind not in "iu":
+                raise ValueError(f"{args.data}: a whole number in each row of {', '.join(GAME_IDS)} expected")
         order = np.lexsort([columns[key] for key in reversed(GAME_IDS)])
         columns = {k: values[order] if values.shape[:1] == order.shape else values for k, values in columns.items()}
         games = np.unique(columns["episode"])
         held_out = np.isin(columns["episode"], games[len(games) - len(games) // 5 :])
+        few = f" of {len(games)} games: too few to hold out a fifth; leave out episode"
     whole = to_transitions(columns, args.data)
-    if not record and not ids:  # if rows are in order, the last fifth has games of its own, but for one
+    if held_out is None:  # if rows are in order, the last fifth has games of its own, but for one
         held_out = np.arange(len(whole.obs)) >= len(whole.obs) - len(whole.obs) // 5
     if not held_out.any():
-        games = (
-            f" of {len(games)} games: too few to hold out a fifth; leave out episode"
-            if ids
-            else ": too few to hold out a test"
-        )
-        raise ValueError(f"{args.data} has {len(held_out)} rows{games}")
+        raise ValueError(f"{args.data} has {len(held_out)} rows{few}")
     return whole.select(torch.from_numpy(~held_out)), whole.select(torch.from_numpy(held_out)), config
 
 
@@ -833,7 +829,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.wandb, self.checkpoint = 0, None, None
+        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
         if self.folder.exists() and not args.resume:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         if args.resume and self.folder.exists():
@@ -872,8 +868,10 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step."""
+        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
         self.signal = number
+        if self.at_once:
+            raise KeyboardInterrupt
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
@@ -1172,13 +1170,7 @@ def main(args: Args) -> Path:
     if args.load is None:
         texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
         write_atomically(run.folder / "model.pt", lambda file: torch.save({"model": model.state_dict(), **texts}, file))
-
-    def leave(number: int, _: Any) -> NoReturn:
-        run.signal = number
-        raise KeyboardInterrupt
-
-    for number in run.handlers:  # a test may take long, and a resumed run makes it again: no need to wait for its end
-        signal.signal(number, leave)
+    run.at_once = True  # a test may take long, and a resumed run makes it again: no need to wait for its end
     name, step = args.load or f"{args.model}, {args.action_input}", args.total_timesteps
     try:
         if run.signal:

@@ -819,14 +819,12 @@ def sha256(values: np.ndarray) -> str:
 
 def make_dataset(arrays: Arrays, meta: dict[str, Any]) -> Dataset:
     """A checked record of arrays that may have other types than those of `FIELDS`; ValueError as `check_dataset`."""
-    for name, kind in ((name, np.dtype(FIELDS[name][0])) for name in FIELDS if name in arrays):
-        with np.errstate(invalid="ignore"):
-            same = (
-                kind.kind not in "iu" or arrays[name].dtype == kind or (arrays[name].astype(kind) == arrays[name]).all()
-            )
-        if not same:
-            raise ValueError(f"{name} holds values that {kind} cannot; scale or round them before")
-    arrays = {name: arrays[name].astype(FIELDS[name][0], copy=False) for name in FIELDS if name in arrays}
+    given = {name: arrays[name] for name in FIELDS if name in arrays}
+    with np.errstate(invalid="ignore"):  # what no integer can be is refused below
+        arrays = {name: values.astype(FIELDS[name][0], copy=False) for name, values in given.items()}
+    for name, values in arrays.items():
+        if values.dtype.kind in "iu" and values is not given[name] and (values != given[name]).any():
+            raise ValueError(f"{name} holds values that {values.dtype} cannot; scale or round them before")
     check_dataset(Dataset(arrays, meta))
     return Dataset(arrays, meta)
 
