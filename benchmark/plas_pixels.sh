@@ -12,10 +12,9 @@ job() { # signal, dataset, environment, seed, arguments
         "--env $3 --encoder-signal $1 --seed $4 ${*:5}"
 }
 
-# The data for finger-spin: an agent that learns for 15,000 agent steps, one transition each.
-source=plas_pixels_data__finger-spin__1
-echo "python sac_ae_pixels.py --runs-dir $runs --run-name $source --resume --env finger-spin --seed 1 --image-size 64" \
-    "--total-timesteps 30000 --bf16 --save-replay"
+# The data of cartpole-swingup, of an agent that sees states.
+source=$runs/plas_pixels_data__cartpole-swingup
+echo "python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4 --folder $source"
 
 for seed in 1 2 3 4 5; do
     for data in medium expert random; do
@@ -35,12 +34,13 @@ for seed in 1 2 3; do
     done
 done
 
-# Medium: 15,000 steps of the agent's last policy, collected by the first of these jobs. Mixed: all that it has seen.
+# Each of 15,000 steps. Mixed: all that this agent did while it learnt. Medium: its last policy. A gamma of 0.98 for four
+# environment steps is V-D4RL's of 0.99 for two.
 for seed in 1 2; do
-    for signal in both critic vae; do
-        job $signal medium dm_control/finger-spin-v0 $seed --dataset "$runs/$source/medium.npz" \
-            --collect "$runs/$source/model.pt" --image-size 64 --bf16 --eval-episodes 10
-        job $signal mixed dm_control/finger-spin-v0 $seed --dataset "$runs/$source/replay.npz" \
-            --image-size 64 --bf16 --eval-episodes 10
+    for data in medium mixed; do
+        for signal in both critic vae; do
+            job $signal $data dm_control/cartpole-swingup-v0 $seed --dataset "$source/$data.npz" \
+                --action-repeat 4 --gamma 0.98 --image-size 64 --bf16 --eval-episodes 10
+        done
     done
 done
