@@ -1,6 +1,6 @@
 """Make a task's data for plas_pixels.py: pictures of an agent that itself sees the task's state.
 
-    python benchmark/plas_data.py --env finger-spin --folder data/finger-spin
+    python benchmark/plas_data.py --env cartpole-swingup --folder data/cartpole-swingup
 
 From states TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477) learns in minutes what takes hours from pixels.
 `mixed.npz` is all that it does in --steps agent steps of training, the random first ones included; `medium.npz` is as
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import plas_pixels  # noqa: E402
+import plas_pixels
 
 GAMMA, TAU, BATCH_SIZE, LEARNING_RATE, HIDDEN = 0.99, 0.005, 256, 1e-3, 256
 EXPLORATION_NOISE, TARGET_NOISE, NOISE_CLIP, POLICY_FREQUENCY = 0.2, 0.2, 0.5, 2
@@ -34,9 +34,9 @@ COLUMNS = "image", "action", "reward", "discount", "is_first", "state"  # of `pl
 class Args:
     """What to collect."""
 
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "finger-spin"
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "cartpole-swingup"
     """the task"""
-    folder: Path = Path("data/finger-spin")
+    folder: Path = Path("data/cartpole-swingup")
     """the folder to write mixed.npz and medium.npz to"""
     steps: int = 15_000
     """agent steps in each file"""
@@ -85,9 +85,8 @@ class TD3:
         with torch.no_grad():
             noise = (TARGET_NOISE * torch.randn_like(action)).clamp(-NOISE_CLIP, NOISE_CLIP)
             next_action = (torch.tanh(self.target_actor(following)) + noise).clamp(-1.0, 1.0)
-            target = reward + GAMMA * discount * torch.minimum(
-                *self.values(self.target_critics, following, next_action)
-            )
+            value = torch.minimum(*self.values(self.target_critics, following, next_action))
+            target = reward + GAMMA * discount * value
         loss = sum(F.mse_loss(value, target) for value in self.values(self.critics, state, action))
         self.critic_optimizer.zero_grad()
         loss.backward()
@@ -102,11 +101,13 @@ class TD3:
                     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), TAU)
 
 
-def record(env: Any, args: Args, agent: TD3, training: bool) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Play whole episodes for at least `args.steps` steps, and learn from them if told so; columns, and returns."""
+def record(env: Any, agent: TD3, args: Args, training: bool) -> dict[str, np.ndarray]:
+    """Play whole episodes, `args.steps` steps or a few more, and let the agent learn from them if told so.
+
+    Returns the columns that plas_pixels.py reads, and `state` (M, S).
+    """
     generator = np.random.default_rng(args.seed)
     rows: list[tuple] = []
-    returns: list[float] = []
     steps = 0
 
     def act(*_: Any) -> np.ndarray:
@@ -114,26 +115,24 @@ def record(env: Any, args: Args, agent: TD3, training: bool) -> tuple[dict[str, 
             return generator.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
         return agent.act(rows[-1][-1])
 
-    progress = tqdm(total=args.steps, unit="step", desc="mixed" if training else "medium")
-    for episode in itertools.count():
-        total = 0.0
-        seed = plas_pixels.episode_seed(args.seed, episode, stream=5 if training else 6)
-        for row in plas_pixels.play(env, act, seed):
-            rows.append(row)
-            _, action, reward, discount, is_first, state = row
-            if is_first:
-                continue
-            total, steps = total + reward, steps + 1
-            progress.update()
-            if training and steps <= args.steps:
-                agent.add(rows[-2][-1], action, reward, discount, state)
-                if steps > args.random_steps:
-                    agent.update(steps)
-        returns.append(total)
-        progress.set_postfix_str(f"return {total:.1f}")
-        if steps >= args.steps:
-            progress.close()
-            return {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}, returns
+    with tqdm(total=args.steps, unit="step", desc="mixed" if training else "medium") as progress:
+        for episode in itertools.count():
+            seed = plas_pixels.episode_seed(args.seed, episode, stream=5 if training else 6)
+            for row in plas_pixels.play(env, act, seed):
+                rows.append(row)
+                _, action, reward, discount, is_first, state = row
+                if is_first:
+                    continue
+                steps += 1
+                progress.update()
+                if training and steps <= args.steps:
+                    agent.add(rows[-2][-1], action, reward, discount, state)
+                    if steps > args.random_steps:
+                        agent.update(steps)
+            if steps >= args.steps:
+                break
+    columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
+    return {**columns, "image": np.moveaxis(columns["image"], 1, 3)}
 
 
 def main(args: Args) -> None:
@@ -142,22 +141,27 @@ def main(args: Args) -> None:
     if all(path.exists() for path in paths):
         return print(f"{args.folder} is complete")
     try:
+        if not 0 < args.random_steps < args.steps:
+            given = f"--random-steps {args.random_steps} of --steps {args.steps}"
+            raise ValueError(f"{given}: at least one random step, and fewer than steps, expected")
         settings = plas_pixels.resolve(plas_pixels.Args(
-            env_id=args.env, dataset=str(paths[0]), image_size=args.image_size, action_repeat=args.action_repeat
+            env_id=args.env, image_size=args.image_size, action_repeat=args.action_repeat, seed=args.seed
         ))  # fmt: skip
         env = plas_pixels.make_env(settings)
+        args.folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         plas_pixels.usage_error(str(error))
+    except OSError as error:
+        plas_pixels.usage_error(f"cannot make {args.folder}: {error.strerror}; choose another --folder")
     torch.manual_seed(args.seed)
-    states = env.reset(seed=0)[1]["state"].size
-    agent = TD3(states, env.action_space.shape[0], args.steps)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    about = {"action_repeat": settings.action_repeat, "env_id": env.spec.id}
+    _, info = env.reset(seed=0)
+    agent = TD3(info["state"].size, env.action_space.shape[0], args.steps)
     for path in paths:
-        columns, returns = record(env, args, agent, training=path == paths[0])
-        columns["image"] = np.moveaxis(columns["image"], 1, 3)
-        plas_pixels.write_atomically(path, lambda file, columns=columns: np.savez_compressed(file, **about, **columns))
-        print(f"{path}: {len(returns)} episodes, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+        columns = record(env, agent, args, training=path == paths[0])
+        columns |= {"action_repeat": settings.action_repeat, "env_id": env.spec.id}
+        plas_pixels.write_atomically(path, lambda file, columns=columns: np.savez_compressed(file, **columns))
+        returns = np.add.reduceat(columns["reward"], columns["is_first"].nonzero()[0])
+        print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
 if __name__ == "__main__":

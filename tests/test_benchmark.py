@@ -26,12 +26,14 @@ BENCHMARK = ROOT / "benchmark"
 sys.path[:0] = [str(ROOT), str(BENCHMARK)]
 
 import evaluate  # noqa: E402
+import plas_data  # noqa: E402
 import plas_study  # noqa: E402
 import plot  # noqa: E402
 import speed  # noqa: E402
 import world_model_table  # noqa: E402
 
 import hyar_td3  # noqa: E402
+import plas_pixels  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -637,6 +639,91 @@ def test_results_of_world_models_stay_when_their_runs_are_gone(world_models):
     before = (results / "table.md").read_text()
     world_model_table.main(world_model_table.Args(world_models / "nothing", results))
     assert (results / "table.md").read_text() == before
+
+
+# --- plas_data.py ---
+def data(folder: Path, **options) -> plas_data.Args:
+    """Few steps of a task that is quickly drawn."""
+    return plas_data.Args(**{"env": "DotHazard-v0", "folder": folder, "steps": 90, "random_steps": 60, **options})
+
+
+def columns_of(path: Path) -> dict[str, np.ndarray]:
+    """What an npz file holds."""
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_data_are_what_plas_pixels_reads(tmp_path, capsys):
+    """Whole episodes; the same again from the same arguments; random at first; and nothing is done twice."""
+    for name in ("one", "two"):
+        plas_data.main(data(tmp_path / name))
+    settings = plas_pixels.resolve(plas_pixels.Args())
+    env = plas_pixels.make_env(settings)
+    for name in ("mixed.npz", "medium.npz"):
+        dataset, _ = plas_pixels.load(tmp_path / "one" / name, env)
+        columns, again = (columns_of(tmp_path / folder / name) for folder in ("one", "two"))
+        assert all(np.array_equal(columns[key], again[key]) for key in columns)
+        assert len(dataset.action) == len(columns["action"]) - columns["is_first"].sum() >= 90
+        assert columns["env_id"] == "DotHazard-v0"
+        assert columns["action_repeat"] == 1
+    mixed = columns_of(tmp_path / "one" / "mixed.npz")
+    generator = np.random.default_rng(1)
+    uniform = generator.uniform(-1.0, 1.0, (60, 2)).astype(np.float32)
+    assert np.array_equal(mixed["action"][~mixed["is_first"]][:60], [*uniform])
+    before = (tmp_path / "one" / "mixed.npz").stat().st_mtime_ns
+    capsys.readouterr()
+    plas_data.main(data(tmp_path / "one"))
+    assert "complete" in capsys.readouterr().out
+    assert (tmp_path / "one" / "mixed.npz").stat().st_mtime_ns == before
+
+
+def test_the_agent_that_makes_data_learns():
+    """A task of one step: the reward is the negative square of what the action differs from the state by."""
+    torch.manual_seed(1)
+    generator = np.random.default_rng(1)
+    agent = plas_data.TD3(1, 1, 1_000)
+    for _ in range(1_000):
+        state, action = generator.uniform(-0.8, 0.8, 1), generator.uniform(-1.0, 1.0, 1)
+        agent.add(state, action, -np.square(state - action).sum(), 0.0, state)
+
+    def error() -> float:
+        states = np.linspace(-0.8, 0.8, 50)[:, None]
+        with torch.no_grad():
+            actions = torch.tanh(agent.actor(torch.from_numpy(states.astype(np.float32)))).numpy()
+        return np.square(actions - states).mean()
+
+    untrained = error()
+    for step in range(400):
+        agent.update(step)
+    assert error() < 0.01 < 0.1 < untrained
+    draws = np.array([agent.act(np.zeros(1)) for _ in range(500)])
+    assert abs(draws.std() - plas_data.EXPLORATION_NOISE) < 0.02
+    assert agent.values(agent.critics, torch.zeros(3, 1), torch.zeros(3, 1))[0].shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 50}, "--random-steps 60 of --steps 50"), ({"random_steps": 0}, "--random-steps 0"),
+        ({"env": "CartPole-v1"}, "Box action space"), ({"env": "cartpol-swingup"}, "unknown environment"),
+        ({"image_size": -1}, "--image-size -1"),
+    ],
+)  # fmt: skip
+def test_data_of_what_cannot_be_had(options, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plas_data.main(data(tmp_path / "new", **options))
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert words in line
+    assert "\n" not in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_cannot_be_where_a_file_is(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        plas_data.main(data(tmp_path / "file"))
+    assert "cannot make" in capsys.readouterr().err
 
 
 # --- plas_study.py ---
