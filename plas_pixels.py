@@ -17,6 +17,7 @@ Docs: docs/plas_pixels.md
 
 import contextlib
 import copy
+import ctypes
 import difflib
 import hashlib
 import importlib.metadata
@@ -1181,6 +1182,17 @@ def resolve(args: Args) -> Args:
     return args
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, up to 32 MiB each (its limit) and 2 GiB in all; other systems do as they do.
+
+    It would give a batch of pictures back to the system and get it again, page by page, several times an update.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def save_model(agent: PLAS, args: Args, path: Path) -> None:
     """Write the weights alone (and the arguments, from which `PLAS` can be built again)."""
     state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
@@ -1223,6 +1235,7 @@ def main(args: Args) -> Path:
     if max(env.size) < 64:
         torch.set_num_threads(1)  # these products are too small for two threads
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     agent, dataset = PLAS(args, env, device), dataset.to(device)
     fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, min(2_000, len(dataset.rows)), device=device).long())
