@@ -1,6 +1,6 @@
 """Make a task's data for plas_pixels.py: pictures of an agent that itself sees the task's state.
 
-    python benchmark/plas_data.py --env cartpole-swingup --folder data/cartpole-swingup
+    python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4 --folder data/cartpole-swingup
 
 From states TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477) learns in minutes what takes hours from pixels.
 `mixed.npz` is all that it does in --steps agent steps of training, the random first ones included; `medium.npz` is as
@@ -140,6 +140,7 @@ def main(args: Args) -> None:
     paths = args.folder / "mixed.npz", args.folder / "medium.npz"
     if all(path.exists() for path in paths):
         return print(f"{args.folder} is complete")
+    torch.set_num_threads(1)  # small networks gain nothing by more
     try:
         if not 0 < args.random_steps < args.steps:
             given = f"--random-steps {args.random_steps} of --steps {args.steps}"
