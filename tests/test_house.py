@@ -163,7 +163,7 @@ def test_every_flag_of_every_written_command_exists():
 
 
 OTHER_PROGRAMS = re.compile(
-    r"\b(sbatch|srun|pip|apt|apt-get|git|xargs|wandb|pytest|ruff|plot\.py|speed\.py|evaluate\.py|moa\.py)\b"
+    r"\b(sbatch|srun|pip|apt|apt-get|git|xargs|wandb|pytest|ruff|plot\.py|speed\.py|evaluate\.py|moa\.py|plas_data\.py)\b"
 )
 
 
