@@ -171,7 +171,7 @@ def draw(rows: list[Row], title: str) -> Figure:
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
             axis.locator_params(axis="x", nbins=5)  # long numbers do not touch
-    axes[0, 0].legend(fontsize=8)
+    max(axes[0], key=lambda axis: len(axis.lines)).legend(fontsize=8)  # not every dataset has all signals
     return figure
 
 
