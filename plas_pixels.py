@@ -859,7 +859,7 @@ def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callab
 
 
 def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
-    """The rows of one episode, of at most `longest` steps, in the order of `collect`'s columns."""
+    """The rows of one episode, of at most `longest` steps, in the order of `as_columns`."""
     observation, info = env.reset(seed=seed)
     yield observation[-3:].copy(), np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
     length, done = 0, False
@@ -871,6 +871,15 @@ def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> I
         done = terminated or truncated or length >= longest
 
 
+def as_columns(rows: list[tuple]) -> dict[str, np.ndarray]:
+    """Rows of `play` as columns, which `load` describes, and `state` (M, S)."""
+    image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
+    return {
+        "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
+        "discount": discount.astype(np.float32), "is_first": is_first, "state": state,
+    }  # fmt: skip
+
+
 def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = math.inf) -> dict[str, np.ndarray]:
     """Play episodes, of at most `longest` steps, for at least `steps` steps in all.
 
@@ -880,11 +889,7 @@ def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = m
     while len(rows) - episode < steps:  # an episode has a row more than steps
         rows += play(env, act, episode_seed(seed, episode, stream=4), longest)
         episode += 1
-    image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
-    return {
-        "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
-        "discount": discount.astype(np.float32), "is_first": is_first, "state": state,
-    }  # fmt: skip
+    return as_columns(rows)
 
 
 def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:

@@ -27,7 +27,6 @@ import plas_pixels
 
 GAMMA, TAU, BATCH_SIZE, LEARNING_RATE, HIDDEN = 0.99, 0.005, 256, 1e-3, 256
 EXPLORATION_NOISE, TARGET_NOISE, NOISE_CLIP, POLICY_FREQUENCY = 0.2, 0.2, 0.5, 2
-COLUMNS = "image", "action", "reward", "discount", "is_first", "state"  # of `plas_pixels.play`
 
 
 @dataclass
@@ -102,10 +101,7 @@ class TD3:
 
 
 def record(env: Any, agent: TD3, args: Args, training: bool) -> dict[str, np.ndarray]:
-    """Play whole episodes, `args.steps` steps or a few more, and let the agent learn from them if told so.
-
-    Returns the columns that plas_pixels.py reads, and `state` (M, S).
-    """
+    """Columns of whole episodes, `args.steps` steps or a few more, which the agent learns from if told so."""
     generator = np.random.default_rng(args.seed)
     rows: list[tuple] = []
     steps = 0
@@ -131,8 +127,7 @@ def record(env: Any, agent: TD3, args: Args, training: bool) -> dict[str, np.nda
                         agent.update(steps)
             if steps >= args.steps:
                 break
-    columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
-    return {**columns, "image": np.moveaxis(columns["image"], 1, 3)}
+    return plas_pixels.as_columns(rows)
 
 
 def main(args: Args) -> None:
