@@ -1,12 +1,14 @@
-"""Play fresh episodes with a saved model of HyAR-TD3 or SAC+AE and print how well it does.
+"""Play fresh episodes with a saved model of HyAR-TD3, SAC+AE or PLAS and print how well it does.
 
     python benchmark/evaluate.py runs/NAME
     python benchmark/evaluate.py runs/NAME --model model.pt --episodes 1000
     python benchmark/evaluate.py runs/NAME --at-least 0.9
     python benchmark/evaluate.py runs/NAME --still --own-episodes
+    python benchmark/evaluate.py runs/NAME --cloned
 
-The third exits with status 1 if the mean return is below 0.9. The last tells what the starts of a SAC+AE run's own
-evaluation episodes are worth to a policy that does nothing.
+The third exits with status 1 if the mean return is below 0.9. The fourth tells what the starts of a SAC+AE run's own
+evaluation episodes are worth to a policy that does nothing; the last, what PLAS's VAE has copied of its data's
+behaviour, which its policy is to improve on.
 """
 
 import json
@@ -23,6 +25,7 @@ from plot import usage_error
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyar_td3
+import plas_pixels
 import sac_ae_pixels
 
 
@@ -46,9 +49,11 @@ class Args:
     """if toggled, play the moving average of HyAR-TD3's policy, by which its best model is chosen"""
     still: bool = False
     """if toggled, play actions of 0 instead of SAC+AE's policy"""
+    cloned: bool = False
+    """if toggled, play what PLAS's VAE decodes from z = 0 instead of its policy"""
 
 
-Agent = hyar_td3.HyARTD3 | sac_ae_pixels.SACAE
+Agent = hyar_td3.HyARTD3 | sac_ae_pixels.SACAE | plas_pixels.PLAS
 
 
 def load_agent(path: Path) -> Agent:
@@ -57,16 +62,20 @@ def load_agent(path: Path) -> Agent:
         usage_error(f"there is no model {path}; a run writes it at its first evaluation (see --model)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        pixels = "action_dim" in content
-        args = (sac_ae_pixels if pixels else hyar_td3).Args(**json.loads(content.pop("arguments")))
+        settings = json.loads(content.pop("arguments"))
+        of_plas, of_sac_ae = "encoder_signal" in settings, "action_dim" in content
+        args = (plas_pixels if of_plas else sac_ae_pixels if of_sac_ae else hyar_td3).Args(**settings)
     except Exception as error:  # a damaged file raises nearly anything
-        usage_error(f"{path} is not a model of hyar_td3.py or sac_ae_pixels.py ({type(error).__name__})")
+        usage_error(f"{path} is not a model of hyar_td3, sac_ae_pixels or plas_pixels ({type(error).__name__})")
     try:
-        env = None if pixels else hyar_td3.make_env(args.env_id)
+        env = plas_pixels.make_env(args) if of_plas else None if of_sac_ae else hyar_td3.make_env(args.env_id)
     except ValueError as error:
         usage_error(str(error))
     try:
-        if pixels:
+        if of_plas:
+            agent = plas_pixels.PLAS(args, env, torch.device("cpu"))
+            agent.load_state_dict(content)
+        elif of_sac_ae:
             agent = sac_ae_pixels.SACAE(args, content["action_dim"], torch.device("cpu"))
             for name in ("actor", "critic"):
                 getattr(agent, name).load_state_dict(content[name])
@@ -83,9 +92,16 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
     """What `evaluate` of the agent's script says, and the name of the policy. Exits 2 without the environment."""
     fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
     seed = agent.args.seed if args.own_episodes else fresh
+    for flag, asked, script in (("still", args.still, sac_ae_pixels.SACAE), ("cloned", args.cloned, plas_pixels.PLAS)):
+        if asked and not isinstance(agent, script):
+            usage_error(f"--{flag} is for models of {script.__module__}.py; leave it out")
+    if isinstance(agent, plas_pixels.PLAS):
+        if args.cloned:
+            agent.args.policy, agent.policy.bound = "latent", 0.0
+        environments = [plas_pixels.make_env(agent.args) for _ in range(args.episodes)]
+        policy = "cloned actions (z = 0)" if args.cloned else "the policy"
+        return plas_pixels.evaluate(agent, environments, seed), policy
     if isinstance(agent, hyar_td3.HyARTD3):
-        if args.still:
-            usage_error("--still: hybrid actions have none that does nothing; leave it out")
         environments = [hyar_td3.make_env(agent.args.env_id) for _ in range(args.episodes)]
         policy = "the policy's moving average" if args.average else "the actor"
         return hyar_td3.evaluate(agent, environments, seed, average=args.average), policy

@@ -543,6 +543,43 @@ def test_evaluate_plays_from_pixels_and_stands_still(tmp_path, monkeypatch, caps
     assert len({text.splitlines()[1] for text in printed}) == 3
 
 
+@pytest.mark.parametrize("policy", ["latent", "argmax"])
+def test_evaluate_plays_offline_agents_and_what_they_cloned(policy, tmp_path, monkeypatch, capsys):
+    args = plas_pixels.resolve(plas_pixels.Args(hidden_dim=8, num_filters=2, policy=policy, seed=3))
+    torch.manual_seed(0)
+    environments = [plas_pixels.make_env(args) for _ in range(2)]
+    agent = plas_pixels.PLAS(args, environments[0], torch.device("cpu"))
+    plas_pixels.save_model(agent, args, tmp_path / "model.pt")
+    own = plas_pixels.evaluate(agent, environments, 3)
+    given, step = [], plas_pixels.PixelEnv.step
+    monkeypatch.setattr(
+        plas_pixels.PixelEnv, "step", lambda self, a: (given.append((self.frames, a)), step(self, a))[1]
+    )
+    played = {"model": "model.pt", "episodes": 2, "own_episodes": True}
+    evaluate.main(evaluate.Args(tmp_path, **played))
+    printed = capsys.readouterr().out
+    assert f"return {own['episodic_return']:.3f} ± {own['return_std']:.3f}" in printed and "the policy:" in printed
+
+    def cloned():
+        picture = torch.from_numpy(np.concatenate(given[0][0]))[None]
+        with torch.no_grad():
+            return agent.vae.decode(agent.vae_encoder(picture), torch.zeros(1, agent.vae.latent_dim))[0].numpy()
+
+    assert np.abs(given[0][1] - cloned()).max() > 1e-3
+    given.clear()
+    evaluate.main(evaluate.Args(tmp_path, cloned=True, **played))
+    assert "cloned actions (z = 0)" in capsys.readouterr().out
+    np.testing.assert_allclose(given[0][1], cloned(), atol=1e-6)
+
+
+def test_evaluate_refuses_flags_of_other_scripts(trained, capsys):
+    for flag, script in (("still", "sac_ae_pixels"), ("cloned", "plas_pixels")):
+        with pytest.raises(SystemExit) as exit_:
+            evaluate.main(evaluate.Args(trained, **{flag: True}))
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err == f"error: --{flag} is for models of {script}.py; leave it out\n"
+
+
 def test_evaluate_fails_below_the_limit(trained, capsys):
     evaluate.main(evaluate.Args(trained, episodes=2, at_least=-1.0))
     with pytest.raises(SystemExit) as exit_:
