@@ -33,6 +33,7 @@ table cartpole-swingup 1
 table ball_in_cup-catch 1
 ablation no-reconstruction ball_in_cup-catch 1 --no-reconstruction
 ablation random-shift cartpole-swingup 1 --random-shift 4
+ablation shift-alone cartpole-swingup 1 --random-shift 4 --no-reconstruction
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16
