@@ -1789,8 +1789,8 @@ def test_every_job_is_what_its_name_says():
         name = prefix.removeprefix("sac_ae_pixels").removeprefix("-")
         pendulum = env_id == "Pendulum-v1"
         assert args.bf16 == (not pendulum or name == "bf16")
-        assert args.random_shift == 4 * (name == "random-shift")
-        assert args.reconstruction == (name != "no-reconstruction")
+        assert args.random_shift == 4 * (name in ("random-shift", "shift-alone"))
+        assert args.reconstruction == (name not in ("no-reconstruction", "shift-alone"))
         assert args.total_timesteps == (20_000 if pendulum else 100_000)
         assert sac_ae_pixels.agent_steps(args) * args.action_repeat == args.total_timesteps
         environments.add(env_id)
