@@ -491,8 +491,8 @@ class PlainSACAE:
         filters, size = decoder.shape
         hidden = F.relu(decoder.fc(latent)).view(-1, filters, size, size)
         for deconv in decoder.deconvs[:-1]:
-            hidden = F.relu(deconv(hidden))
-        loss = F.mse_loss(decoder.deconvs[-1](hidden), image)
+            hidden = F.relu(nn.ConvTranspose2d.forward(deconv, hidden))
+        loss = F.mse_loss(nn.ConvTranspose2d.forward(decoder.deconvs[-1], hidden), image)
         loss = loss + args.latent_weight * 0.5 * latent.square().sum(1).mean()
         self.step(loss, self.encoder_optimizer, self.decoder_optimizer)
 

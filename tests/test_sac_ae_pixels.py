@@ -734,6 +734,24 @@ def test_memory_formats_do_not_matter(name):
             assert ((one - other).abs() < 2e-5).double().mean() >= 0.999, key
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "output_padding": 1}])
+def test_deconvolutions_are_transposed_convolutions(options, bf16):
+    """Value and gradients, with an activation in place behind them, as the decoder has it."""
+    torch.manual_seed(0)
+    layer = sac_ae_pixels.Deconvolution(8, 5, 3, **options)
+    inputs = torch.randn(4, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for forward in (layer, lambda inputs: nn.ConvTranspose2d.forward(layer, inputs)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = F.relu(forward(inputs), inplace=True)
+        loss = outputs.float().square().mean()
+        results.append((outputs, *torch.autograd.grad(loss, (inputs, layer.weight, layer.bias))))
+    assert results[0][3].abs().min() > 1e-3 and results[0][3].dtype == torch.float32
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2.0**-7 if bf16 else 1e-5, atol=1e-6)
+
+
 # --- noise and augmentation ---
 def test_dither_is_uniform_and_differs_between_draws():
     torch.manual_seed(0)
