@@ -311,6 +311,7 @@ class PictureDecoder(nn.Module):
         inner = [part for _ in range(layers - 1) for part in (nn.ConvTranspose2d(filters, filters, 3), nn.ReLU())]
         last = nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
         self.convolutions = nn.Sequential(*inner, last)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The pictures."""
