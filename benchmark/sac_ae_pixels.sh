@@ -34,6 +34,7 @@ table ball_in_cup-catch 1
 ablation no-reconstruction ball_in_cup-catch 1 --no-reconstruction
 ablation random-shift cartpole-swingup 1 --random-shift 4
 ablation shift-alone cartpole-swingup 1 --random-shift 4 --no-reconstruction
+ablation shift-alone ball_in_cup-catch 1 --random-shift 4 --no-reconstruction
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16
@@ -42,11 +43,13 @@ for environment in finger-spin walker-walk reacher-easy cheetah-run; do
     table $environment 1
     ablation no-reconstruction $environment 1 --no-reconstruction
     ablation random-shift $environment 1 --random-shift 4
+    ablation shift-alone $environment 1 --random-shift 4 --no-reconstruction
 done
 for seed in 2 3 4 5; do
     for environment in cartpole-swingup ball_in_cup-catch finger-spin walker-walk reacher-easy cheetah-run; do
         table $environment $seed
         ablation no-reconstruction $environment $seed --no-reconstruction
         ablation random-shift $environment $seed --random-shift 4
+        ablation shift-alone $environment $seed --random-shift 4 --no-reconstruction
     done
 done
