@@ -148,6 +148,8 @@ class Args:
     """if toggled, latent actions that the current VAE would decode otherwise are replaced in each batch"""
     relabel_threshold: float = 5.0
     """a latent is replaced if its state-change error is above this many times the VAE's mean error"""
+    relabel_in_latent_range: bool = True
+    """if toggled off, that error is of the policy's z as it stands, not scaled to the latent range, as in the original"""
     rebuild_vae_optimizer: bool = False
     """if toggled, each VAE step uses a new Adam, as the original code does (for the ablation)"""
 
@@ -311,9 +313,10 @@ class HybridActionVAE(nn.Module):
         hidden = self.decode(observation, self.discrete_embedding()[k], self.to_latent(z))
         return torch.tanh(self.parameter_head(hidden))
 
-    def select_delta_state(self, observation: Tensor, k: Tensor, z: Tensor) -> Tensor:
+    def select_delta_state(self, observation: Tensor, k: Tensor, z: Tensor, in_latent_range: bool = True) -> Tensor:
         """Predicted change (B, S) of the scaled observation for action `k` and the policy's `z` in [-1, 1]."""
-        return torch.tanh(self.state_head(self.decode(observation, self.discrete_embedding()[k], self.to_latent(z))))
+        latent = self.to_latent(z) if in_latent_range else z
+        return torch.tanh(self.state_head(self.decode(observation, self.discrete_embedding()[k], latent)))
 
     def to_latent(self, z: Tensor) -> Tensor:
         """From the policy's [-1, 1] to the latent range (latent space constraint, section 3.3)."""
@@ -538,7 +541,8 @@ class HyARTD3:
         embedding = torch.where(stale[:, None], (own + jitter).clamp_(-1.0, 1.0), embedding)
 
         delta = batch.next_observation - batch.observation
-        error = (vae.select_delta_state(batch.observation, batch.k, z) - delta).square_().mean(1)
+        predicted = vae.select_delta_state(batch.observation, batch.k, z, args.relabel_in_latent_range)
+        error = (predicted - delta).square_().mean(1)
         invalid = error >= args.relabel_threshold * vae.state_error
         rows = invalid.nonzero()[:, 0]
         mean, std = vae.encode(batch.observation[rows], own[rows], batch.x[rows])

@@ -32,6 +32,8 @@ ablations() { # environment, seeds, arguments
     ablation no-state-loss "$1" "$2" --state-weight 0 "${@:3}"
 }
 
+# Everything that matters for learning as in the original code.
+ablation as-released Goal-v0 "1 2 3 4 5" --no-bootstrap-at-limit --rebuild-vae-optimizer --no-relabel-in-latent-range
 ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away?
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
 # Both as in the original code: does its VAE, of steps of another kind, learn Goal where ours is slow (seed 4)?

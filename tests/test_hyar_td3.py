@@ -916,6 +916,24 @@ def test_the_range_is_applied_in_the_relabelling_check(double):
     assert float(agent.relabel(batch, torch.zeros(16, 12))[1]["kept_latent"]) == 0.0
 
 
+def test_the_check_can_leave_the_range_out_as_the_original_does(double):
+    """A z that decodes, read as a latent, to the very change that was seen is kept with the switch off, and only so."""
+    agent = sharpen(make_agent(relabel_in_latent_range=False))
+    agent.vae.latent_low.fill_(-3.0)
+    agent.vae.latent_high.fill_(2.0)
+    agent.vae.state_error.fill_(1e-9)
+    batch = random_batch(agent, 16)
+    z = array(batch.latent_action[:, agent.embedding_dim :])
+    change = []
+    for i in range(16):
+        s, e = array(batch.observation[i]), plain_embedding(agent.vae, int(batch.k[i]))
+        change.append(plain_decode(agent.vae, s, e, z[i])[1])
+    batch = batch._replace(next_observation=batch.observation + torch.tensor(np.array(change)))
+    assert float(agent.relabel(batch, torch.zeros(16, 12))[1]["kept_latent"]) == 1.0
+    agent.args.relabel_in_latent_range = True
+    assert float(agent.relabel(batch, torch.zeros(16, 12))[1]["kept_latent"]) == 0.0
+
+
 def test_without_relabelling_actions_stay_as_they_were(double):
     agent, batch = ready_to_relabel("Goal-v0", relabel=False)
     latent_action, _, _ = agent.critic_target(batch)
