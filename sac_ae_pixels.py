@@ -28,8 +28,9 @@ import subprocess
 import sys
 import time
 import timeit
+import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
@@ -45,6 +46,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+with contextlib.suppress(ModuleNotFoundError):  # not on Windows
+    import fcntl
 
 
 @dataclass
@@ -460,12 +464,15 @@ class ReplayBuffer:
     """
 
     def __init__(self, path: Path, capacity: int, reserve: int, image_size: int, stack: int, action_dim: int) -> None:
-        """Open or make the file. `capacity` is in transitions."""
+        """Open or make the file. `capacity` is in transitions. Raises ValueError if the file was cut short."""
         self.capacity, self.slots, self.stack, self.path = capacity, capacity + reserve, stack, path
         self.frame_bytes = 3 * image_size * image_size
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         shape = 2 * self.slots + 1, 3, image_size, image_size
-        os.ftruncate(self.file, math.prod(shape))
+        found, size = os.fstat(self.file).st_size, math.prod(shape)
+        if found not in (0, size):
+            raise ValueError(f"{path} has {found:,} bytes instead of {size:,}")
+        os.ftruncate(self.file, size)
         self.frames = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
         self.values = torch.zeros(self.slots, action_dim + 2)  # action, reward, terminated
         self.origins = torch.zeros(self.slots, 2, dtype=torch.int64)  # the episode's first transition, and its number
@@ -816,22 +823,33 @@ class Run:
         if args.capture_video and importlib.util.find_spec("moviepy") is None:
             usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.name = name.replace("/", "-").replace(":", "-")
+        self.name = re.sub(r"[/\\:]", "-", name)
+        if self.name in ("", ".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
+            usage_error(f"--run-name {name[:50]!r}: a plain folder name of at most 200 bytes expected")
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
         self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
         if self.folder.exists() and not args.resume:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        if args.resume and self.folder.exists():
-            self.load_checkpoint()
+        if self.folder.exists():
+            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"it is a file"}
+            if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
+                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=args.resume)
+            self.lock = self.take_lock()
+        except FileExistsError:  # another process was faster
+            usage_error(f"{self.folder} exists; choose another --run-name")
         except OSError as error:
             usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
+        if args.resume:
+            self.load_checkpoint()
         if self.checkpoint is None:
-            git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
-            commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
+            commit = None
+            with contextlib.suppress(OSError):  # no git here
+                git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+                commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
             about = {
                 "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
                 "commit": commit, "python": sys.version.split()[0],
@@ -847,16 +865,27 @@ class Run:
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
                     resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
                 )  # fmt: skip
-            except wandb.errors.Error as error:
-                if self.checkpoint is None:
-                    shutil.rmtree(self.folder)
-                usage_error(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline")
+            except Exception as error:  # no key, a bad name, no network; nothing is removed: it may be a run of old
+                hint = "run `wandb login`" if "key" in str(error) or "login" in str(error) else "change the name"
+                hint += f", or set WANDB_MODE=offline, and go on with --run-name {self.name} --resume"
+                usage_error(f"wandb: {error}; {hint}")
             wandb.define_metric("*", step_metric="global_step")
             self.wandb = wandb
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def take_lock(self) -> BinaryIO:
+        """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
+        file = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
+        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
+        except (NameError, OSError) as error:  # not on this system, or not on this file system
+            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+        return file
 
     def on_signal(self, number: int, _: Any) -> None:
         """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
@@ -937,34 +966,48 @@ class Run:
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         try:
             if path.exists():
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                    raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                script, arguments = self.checkpoint["script"], json.loads(self.checkpoint["arguments"])
-                self.eval_rows = self.checkpoint["eval_rows"]
+                script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
+                self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
             elif about.exists():
                 recorded = json.loads(about.read_text())
-                script, arguments = recorded["script"], recorded["arguments"]
-            elif not {path.name for path in self.folder.iterdir()} - {"args.json.tmp"}:
-                return  # killed before anything was written
+                script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
-                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
+                return  # killed before anything was written
         except Exception as error:  # a damaged file raises nearly anything
-            damaged, reason = path if path.exists() else about, type(error).__name__
-            usage_error(f"{damaged} is damaged ({reason}); restore a copy, or start again with another --run-name")
+            self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
         changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
         if changed:
             listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
             usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
-        if self.checkpoint and self.checkpoint["finished"]:
+        if self.checkpoint and finished:
             print(f"{self.folder} is finished")
             raise SystemExit(0)
 
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self.close()
+            self.refuse_damaged(self.folder / "checkpoint.pt", error)
+
+    def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
+        """Exit 2: a file of the run folder is not what was written."""
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+        usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
+
     def restore_random_state(self) -> None:
         """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
-        torch.set_rng_state(self.checkpoint["torch_rng"])
-        if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+        with self.restoring():
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
         self.write_evaluations()
 
     def fail(self, message: str) -> NoReturn:
@@ -989,6 +1032,7 @@ class Run:
             self.wandb.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.lock.close()
 
 
 # --- end of the common block ---
@@ -1135,9 +1179,13 @@ def main(args: Args) -> Path:
     print(f"{run.name}: {last_step:,} agent steps, each {repeat} environment steps")
     agent = SACAE(args, env.action_dim, device)
     path = run.folder / "frames.bin"
-    if run.checkpoint and not path.exists():
-        run.fail(f"{path} is missing, which holds the replay memory: restore it, or start with another --run-name")
-    buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
+    try:
+        if run.checkpoint and not (path.exists() and path.stat().st_size):
+            raise ValueError(f"{path} is missing")
+        buffer = ReplayBuffer(path, *replay_sizes(args), args.image_size, args.frame_stack, env.action_dim)
+    except ValueError as error:
+        run.close()
+        usage_error(f"{error}; it holds the replay memory: restore it, or start with another --run-name")
     recent: deque[tuple[float, int]] = deque(maxlen=10)  # return and length of the last episodes
     losses: dict[str, Tensor] = {}
     agent_step = episode = updates_due = evaluation_due = 0
@@ -1157,19 +1205,23 @@ def main(args: Args) -> Path:
         observation = start_episode()
     else:
         state = run.checkpoint
-        agent_step, episode = state["agent_step"], state["episode"]
-        updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
-        episode_return, episode_actions = state["episode_return"], state["episode_actions"]
-        recent.extend(state["recent"])
-        agent.load_state_dict(state["agent"])
-        buffer.load_state_dict(state["buffer"])
+        with run.restoring():
+            agent_step, episode = state["agent_step"], state["episode"]
+            updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
+            episode_return, episode_actions = state["episode_return"], state["episode_actions"]
+            recent.extend(state["recent"])
+            if missing := agent.state_dict().keys() - state["agent"].keys():
+                raise LookupError(f"without {missing}")
+            agent.load_state_dict(state["agent"])
+            buffer.load_state_dict(state["buffer"])
+            saved_observation = state["observation"].numpy()
         observation, _ = env.reset(seed=episode_seed(args.seed, episode))
         for action in episode_actions:  # replay the interrupted episode up to here
             observation, _, terminated, truncated, _ = env.step(np.array(action, np.float32))
             if terminated or truncated:
                 observation = None  # it had not ended
                 break
-        if not np.array_equal(observation, state["observation"].numpy()):
+        if not np.array_equal(observation, saved_observation):
             print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
             episode, episode_return, episode_actions = episode + 1, 0.0, []
             observation = start_episode()
