@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := runs/demo-$(shell date +%s)
 
-.PHONY: demo test lint speed opengl
+.PHONY: demo test lint sync speed opengl
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed; try make PYTHON=python3.12"; exit 2; }
@@ -29,6 +29,10 @@ test: .venv/installed opengl  ## everything but the long learning runs
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/python tests/texts.py lengths
+
+sync: .venv/installed  ## copy texts that are the same in several scripts from their home into the others
+	.venv/bin/python tests/texts.py sync
 
 speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
 	for script in hyar_td3 sac_ae_pixels plas_pixels pretrain_vae_moa world_model_test; do .venv/bin/python benchmark/speed.py $$script || exit 1; done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import inspect
 import platform
 import re
 import shlex
@@ -19,6 +18,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests import texts as texts_of_scripts  # noqa: E402
+
 NAMES = ["hyar_td3", "sac_ae_pixels", "plas_pixels", "pretrain_vae_moa", "world_model_test"]
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 COMMON_ARGUMENTS = [
@@ -26,8 +27,6 @@ COMMON_ARGUMENTS = [
     "runs_dir", "run_name", "resume", "checkpoint_frequency", "eval_frequency", "eval_episodes",
 ]  # fmt: skip
 SPECIFIC = "# Algorithm specific arguments"
-BLOCK_START = "# --- run folder, logging, checkpoints: the same text in every script ---\n"
-BLOCK_END = "# --- end of the common block ---\n"
 
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -94,11 +93,52 @@ def test_every_argument_has_its_help(name):
 
 
 @each_script
-def test_the_run_block_is_the_same_text(name):
-    block = between(source(name), BLOCK_START, BLOCK_END)
-    assert block == between(source(SCRIPTS[0]), BLOCK_START, BLOCK_END)
-    for needed in ("def usage_error", "def save_checkpoint", "def load_checkpoint", "def log"):
-        assert needed in block
+def test_marked_texts_are_those_of_their_homes(name):
+    """Run `make sync` after an edit of a text in its home."""
+    marked = texts_of_scripts.marked_texts(source(name))
+    assert "run block" in marked
+    for text_name, (home, text) in marked.items():
+        assert text == texts_of_scripts.marked_texts((ROOT / home).read_text())[text_name][1], f"{text_name}: make sync"
+
+
+def test_what_is_meant_to_be_the_same_is_marked():
+    names = {name: set(texts_of_scripts.marked_texts(source(name))) for name in SCRIPTS}
+    assert all("door" in names[name] for name in ("hyar_td3", "sac_ae_pixels", "plas_pixels"))
+    assert names["sac_ae_pixels"] == names["plas_pixels"] > {"run block", "door"}
+
+
+@each_script
+def test_one_line_parts_the_algorithm_from_the_rest(name):
+    assert source(name).splitlines().count(texts_of_scripts.THE_LINE) == 1
+    above, below = source(name).split(texts_of_scripts.THE_LINE)
+    assert "\ndef main(args: Args) -> Path:\n" in above and "\ndef check(args: Args)" in below
+    assert "class Run:" in below
+
+
+@pytest.mark.parametrize("edited", ["home", "copy", "both", None])
+def test_sync_copies_from_the_home_and_never_over_an_edited_copy(edited, tmp_path, monkeypatch, capsys):
+    mark = "# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---\n{}\n"
+    mark += "# --- end of the same text ---\n"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for script in texts_of_scripts.SCRIPTS:
+        (tmp_path / script).write_text(f"before = 1\n{mark.format('x = 1')}after = 1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    if edited in ("home", "both"):
+        (tmp_path / "hyar_td3.py").write_text(mark.format("x = 2"))
+    if edited in ("copy", "both"):
+        (tmp_path / "plas_pixels.py").write_text(mark.format("x = 3"))
+    monkeypatch.setattr(texts_of_scripts, "ROOT", tmp_path)
+    before = {path: path.read_text() for path in tmp_path.glob("*.py")}
+    if edited in ("copy", "both"):
+        with pytest.raises(SystemExit, match=r"plas_pixels\.py: run block was edited here"):
+            texts_of_scripts.sync()
+        assert {path: path.read_text() for path in tmp_path.glob("*.py")} == before
+        return
+    texts_of_scripts.sync()
+    expected = "x = 2" if edited == "home" else "x = 1"
+    assert all(mark.format(expected) in path.read_text() for path in tmp_path.glob("*.py"))
+    assert (tmp_path / "plas_pixels.py").read_text().startswith("before = 1\n")
 
 
 @each_script
@@ -118,7 +158,15 @@ def test_a_script_stands_alone(name):
 
 @each_script
 def test_a_script_ends_as_all_do(name):
-    assert source(name).endswith('\n\n\nif __name__ == "__main__":\n    main(tyro.cli(Args))\n')
+    end = """
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:  # before there was a run to save
+        raise SystemExit(130) from None
+"""
+    assert source(name).endswith(end)
 
 
 # --- what is written about the scripts ---
@@ -284,8 +332,3 @@ def test_freed_memory_is_kept():
     given_back, kept = map(int, run.stdout.split())
     assert given_back > 50_000
     assert kept < 500
-
-
-def test_memory_is_kept_by_the_same_text():
-    modules = map(importlib.import_module, ("sac_ae_pixels", "plas_pixels"))
-    assert len({inspect.getsource(module.keep_freed_memory) for module in modules}) == 1
