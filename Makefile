@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := runs/demo-$(shell date +%s)
 
-.PHONY: demo test lint sync speed opengl
+.PHONY: demo test test-slurm lint sync speed opengl
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed; try make PYTHON=python3.12"; exit 2; }
@@ -25,6 +25,9 @@ opengl: .venv/installed  ## what dm_control draws with, where no display is
 
 test: .venv/installed opengl  ## everything but the long learning runs
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+
+test-slurm: .venv/installed  ## an array of trainings on a real SLURM of two nodes on this machine; installs it, as root
+	.venv/bin/python -m pytest -q -m slow tests/test_slurm.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
