@@ -184,8 +184,10 @@ class ObservationScale:
         low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
         high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
         self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
-        self.center = np.where(self.unbounded, 0.0, (low + high) / 2).astype(np.float32)
-        self.width = np.where(self.unbounded, 1.0, (high - low) / 2).astype(np.float32)
+        low = np.where(self.unbounded, -1.0, low)
+        high = np.where(self.unbounded, 1.0, high)
+        self.center = ((low + high) / 2).astype(np.float32)
+        self.width = ((high - low) / 2).astype(np.float32)
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         """Observations (..., S) as the networks see them, float32."""
@@ -237,7 +239,8 @@ class HybridEnv(gym.Wrapper):
 
     def observe(self, observation: Any) -> np.ndarray:
         """What the environment returned, as (S,) float32 and scaled. Raises RunError if it is not finite."""
-        array = np.asarray(observation, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # too large for float32: refused below
+            array = np.asarray(observation, np.float32).reshape(-1)
         if array.size != self.observation_dim or not np.isfinite(array).all():
             expected = f"expected {self.observation_dim} finite numbers"
             raise RunError(f"observation {observation} is not finite or of another size, {expected}, {self.env.where}")
@@ -872,14 +875,15 @@ class Door(gym.Wrapper):
         """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.steps += 1
-        if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
-            raise RunError(f"reward {reward} is not a finite number, {self.where}")
+        reward = np.asarray(reward, np.float64)
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
+            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
         if self.steps == 100_000 and not (terminated or truncated):
             raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
         success = info.get("is_success", info.get("success"))
         if success is not None:
-            info = {**info, "is_success": bool(np.all(success))}
-        return observation, reward, bool(terminated), bool(truncated), info
+            info = {**info, "is_success": bool(np.asarray(success).all())}
+        return observation, reward.item(), bool(terminated), bool(truncated), info
 
 
 # --- end of the same text ---
