@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -172,42 +173,12 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
-class ObservationScale:
-    """Scales observations to about [-1, 1]: by the space's bounds, or narrower ones that the environment names.
-
-    Where there are none, an observation stays as it is until `fit` has seen what it looks like.
-    """
-
-    def __init__(self, env: gym.Env) -> None:
-        """Read the bounds: `scale_low` and `scale_high` of the environment, else those of its observation space."""
-        space = env.observation_space
-        low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
-        high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
-        self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
-        low = np.where(self.unbounded, -1.0, low)
-        high = np.where(self.unbounded, 1.0, high)
-        self.center = ((low + high) / 2).astype(np.float32)
-        self.width = ((high - low) / 2).astype(np.float32)
-
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Observations (..., S) as the networks see them, float32."""
-        return (observation - self.center) / self.width
-
-    def fit(self, observations: np.ndarray) -> None:
-        """Scale unbounded dimensions by mean and deviation of these observations (N, S), for good."""
-        mean = observations.mean(0, dtype=np.float64)
-        deviation = observations.std(0, dtype=np.float64)
-        deviation[deviation < 1e-6] = 1.0  # never moved: no measure of how far it may go
-        self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
-        self.width = np.where(self.unbounded, deviation, self.width).astype(np.float32)
-
-
 class HybridEnv(gym.Wrapper):
     """An environment with hybrid actions, as the networks see it.
 
-    Observations are (S,) float32, scaled. An action is `(k, x)`: index k in 0..K-1 and parameters x (P,) in [-1, 1],
-    padded with zeros to the largest number of parameters P; `mask` (K, P) is 1 where an action has a parameter.
-    Action spaces are `Tuple(Discrete(K), Tuple(Box, ..., Box))` (a Box per action) or `Tuple(Discrete(K), Box)`.
+    Observations are (S,) float32, scaled to about [-1, 1]. An action is `(k, x)`: its index k in 0..K-1 and parameters
+    x (P,) in [-1, 1], padded with zeros to the most that any action has; `mask` (K, P) is 1 where a parameter is.
+    The action space is `Tuple(Discrete(K), Tuple(Box, ..., Box))`, a Box per action, or `Tuple(Discrete(K), Box)`.
     """
 
     def __init__(self, env: gym.Env, scale: ObservationScale | None = None) -> None:
@@ -215,7 +186,8 @@ class HybridEnv(gym.Wrapper):
         check_spaces(env)
         super().__init__(Door(env))
         discrete, boxes = env.action_space.spaces
-        self.num_actions, self.first_action = int(discrete.n), int(discrete.start)
+        self.num_actions = int(discrete.n)
+        self.first_action = int(discrete.start)
         self.shared = isinstance(boxes, gym.spaces.Box)
         self.boxes = [boxes] * self.num_actions if self.shared else list(boxes.spaces)
         sizes = np.array([math.prod(box.shape) for box in self.boxes])
@@ -276,7 +248,8 @@ class HybridActionVAE(nn.Module):
     ) -> None:
         """`kind` is "learned" (a table K x d1, trained by this VAE's loss) or "one-hot" (fixed, d1 = K)."""
         super().__init__()
-        self.kind, hidden = kind, 256
+        self.kind = kind
+        hidden = 256
 
         def two_layers() -> nn.Sequential:
             return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True))
@@ -316,17 +289,14 @@ class HybridActionVAE(nn.Module):
         condition = F.relu(self.decoder_condition(torch.cat((observation, embedding), 1)))
         return self.decoder_hidden(condition * F.relu(self.decoder_latent(latent)))
 
-    def forward(
-        self, observation: Tensor, k: Tensor, x: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, observation: Tensor, k: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Reconstructed parameters (B, P) in (-1, 1), predicted state change (B, S), mean and std (B, d2).
 
-        `k` (B,) are action indices, `noise` (B, d2) standard normal, drawn here if it is not given.
+        `k` (B,) are action indices; `noise` (B, d2) is standard normal.
         """
         embedding = self.discrete_embedding()[k]
         mean, std = self.encode(observation, embedding, x)
-        latent = mean + std * (torch.randn_like(std) if noise is None else noise)
-        hidden = self.decode(observation, embedding, latent)
+        hidden = self.decode(observation, embedding, mean + std * noise)
         return torch.tanh(self.parameter_head(hidden)), torch.tanh(self.state_head(hidden)), mean, std
 
     def select_discrete_action(self, embedding: Tensor) -> Tensor:
@@ -353,40 +323,21 @@ class HybridActionVAE(nn.Module):
         width = (self.latent_high - self.latent_low).clamp_min(1e-6)
         return (2.0 * (latent - self.latent_low) / width - 1.0).clamp(-1.0, 1.0)
 
-    @torch.no_grad()
-    def latent_range(self, observation: Tensor, k: Tensor, x: Tensor, delta: Tensor, tail: float) -> None:
-        """Set the latent range to the central `1 - 2 tail` of sampled latents, and `state_error`, from these rows."""
-        parts = []
-        for part in zip(*(value.split(500) for value in (observation, k, x, delta)), strict=True):  # fits the cache
-            part_observation, embedding = part[0], self.discrete_embedding()[part[1]]
-            mean, std = self.encode(part_observation, embedding, part[2])
-            latent = mean + std * torch.randn_like(std)
-            predicted = torch.tanh(self.state_head(self.decode(part_observation, embedding, latent)))
-            kl = 0.5 * (mean.square() + std.square() - 1.0) - std.log()
-            parts.append((latent, (predicted - part[3]).square().mean(1), kl))
-        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
-        border = min(int(tail * len(latent)), (len(latent) - 1) // 2)
-        ordered = latent.sort(0).values
-        self.latent_low.copy_(ordered[border])
-        self.latent_high.copy_(ordered[-border - 1])
-        self.state_error.copy_(error.mean())
-        self.latent_information.copy_(kl.mean(0))
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """Of normal distributions from the standard one, each dimension by itself (B, d2), in nats."""
+    return 0.5 * (mean.square() + std.square() - 1.0) - std.log()
 
 
-class Actor(nn.Module):
+class Actor(nn.Sequential):
     """The policy (B, S) -> (B, d1 + d2) in (-1, 1): an embedding and a z (section 4, figure 3)."""
 
     def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
         """Two hidden layers of 256; both heads of the original are one layer here."""
-        super().__init__()
-        self.network = nn.Sequential(
+        super().__init__(
             nn.Linear(observation_dim, 256), nn.ReLU(True), nn.Linear(256, 256), nn.ReLU(True),
             nn.Linear(256, latent_action_dim), nn.Tanh(),
         )  # fmt: skip
-
-    def forward(self, observation: Tensor) -> Tensor:
-        """The latent action of each observation."""
-        return self.network(observation)
 
 
 class TwinCritic(nn.Module):
@@ -514,10 +465,12 @@ class HyARTD3(nn.Module):
     def update_vae(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
         """One step on equation 6: parameters, state change and KL. `noise` (B, d2) is standard normal."""
         args = self.args
+        if noise is None:
+            noise = torch.randn(len(batch.k), self.latent_dim, device=self.mask.device)
         x, delta, mean, std = self.vae(batch.observation, batch.k, batch.x, noise)
         parameter_loss = F.mse_loss(x, batch.x)
         state_loss = F.mse_loss(delta, batch.next_observation - batch.observation)
-        kl = (0.5 * (mean.square() + std.square() - 1.0) - std.log()).mean()
+        kl = kl_divergence(mean, std).mean()
         loss = args.parameter_weight * parameter_loss + args.state_weight * state_loss + args.kl_weight * kl
         if args.rebuild_vae_optimizer:
             self.optimizers["vae"] = torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True)
@@ -527,10 +480,23 @@ class HyARTD3(nn.Module):
         losses = {"vae": loss, "vae_parameter": parameter_loss, "vae_state": state_loss, "vae_kl": kl}
         return {name: value.detach() for name, value in losses.items()}
 
+    @torch.no_grad()
     def update_latent_range(self, batch: Batch) -> None:
-        """Recompute the latent range from these rows (latent space constraint, section 3.3)."""
-        delta = batch.next_observation - batch.observation
-        self.vae.latent_range(batch.observation, batch.k, batch.x, delta, self.args.latent_range_tail)
+        """Set the latent range (section 3.3) and `state_error` from these rows: what most of their latents span."""
+        vae, parts = self.vae, []
+        for columns in zip(*(column.split(500) for column in batch), strict=True):  # as much as fits the cache
+            part = Batch(*columns)
+            noise = torch.randn(len(part.k), self.latent_dim, device=self.mask.device)
+            _, delta, mean, std = vae(part.observation, part.k, part.x, noise)
+            error = (delta - (part.next_observation - part.observation)).square().mean(1)
+            parts.append((mean + std * noise, error, kl_divergence(mean, std)))
+        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
+        border = min(int(self.args.latent_range_tail * len(latent)), (len(latent) - 1) // 2)
+        ordered = latent.sort(0).values
+        vae.latent_low.copy_(ordered[border])
+        vae.latent_high.copy_(ordered[-border - 1])
+        vae.state_error.copy_(error.mean())
+        vae.latent_information.copy_(kl.mean(0))
 
     @torch.no_grad()
     def relabel(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -542,7 +508,6 @@ class HyARTD3(nn.Module):
         embedding, z = batch.latent_action.split((self.embedding_dim, self.latent_dim), 1)
         embedding_noise, latent_noise = noise.split((self.embedding_dim, self.latent_dim), 1)
         own = vae.discrete_embedding()[batch.k]
-
         stale = vae.select_discrete_action(embedding) != batch.k
         jitter = (args.policy_noise * embedding_noise).clamp(-args.noise_clip, args.noise_clip)
         embedding = torch.where(stale[:, None], (own + jitter).clamp(-1.0, 1.0), embedding)
@@ -621,11 +586,12 @@ class HyARTD3(nn.Module):
 def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: bool = False) -> dict[str, float]:
     """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
 
-    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
-    `episodic_return` (mean), `return_std`, `episodic_length` and `success_rate` (nan, if no info has `is_success`).
+    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. `success_rate` is
+    nan if no episode's last info tells of success; an episode that tells nothing where others do has none.
     """
     count = len(environments)
-    returns, lengths, successes = np.zeros(count), np.zeros(count), [None] * count
+    returns, lengths = np.zeros(count), np.zeros(count)
+    successes: list[bool | None] = [None for _ in environments]
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
     active = list(range(count))
     while active:
@@ -640,12 +606,11 @@ def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: 
             else:
                 running.append(i)
         active = running
-    told = any(success is not None for success in successes)
     return {
         "episodic_return": float(returns.mean()),
         "return_std": float(returns.std()),
         "episodic_length": float(lengths.mean()),
-        "success_rate": float(np.mean([bool(success) for success in successes])) if told else math.nan,
+        "success_rate": successes.count(True) / count if any(s is not None for s in successes) else math.nan,
     }
 
 
@@ -732,12 +697,7 @@ def main(args: Args) -> Path:
                 step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
                 episode_length, episode_return = state["episode_length"], state["episode_return"]
                 recent.extend(state["recent"])
-                agent.load_state_dict(state["agent"])
-                agent.actor_updates = state["actor_updates"]
-                for name, optimizer in agent.optimizers.items():
-                    optimizer.load_state_dict(state["optimizers"][name])
-                env.scale.center, env.scale.width = (state[name].numpy() for name in ("center", "width"))
-                buffer.rows, buffer.size, buffer.random_size = state["rows"], len(state["rows"]), state["random_size"]
+                load_learning_state(state, agent, env, buffer)
                 saved_observation = state["observation"].numpy()
             observation, done = start_episode(), False
             replayed = buffer.columns(buffer.rows[buffer.size - episode_length :])
@@ -771,11 +731,7 @@ def main(args: Args) -> Path:
                 run.unless_stopped(evaluate_agent)
             if saving or run.signal:
                 run.save_checkpoint(step, {
-                    "agent": agent.state_dict(), "actor_updates": agent.actor_updates,
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
-                    "center": torch.from_numpy(env.scale.center), "width": torch.from_numpy(env.scale.width),
-                    "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
-                    "random_size": buffer.random_size, "episode": episode, "episode_length": episode_length,
+                    **learning_state(agent, env, buffer), "episode": episode, "episode_length": episode_length,
                     "episode_return": episode_return, "observation": torch.from_numpy(observation),
                     "updates_due": updates_due, "recent": list(recent),
                 })  # fmt: skip
@@ -857,6 +813,36 @@ def check(args: Args) -> None:
 
 
 UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+
+
+class ObservationScale:
+    """Scales observations to about [-1, 1]: by the space's bounds, or narrower ones that the environment names.
+
+    Where there are none, an observation stays as it is until `fit` has seen what it looks like.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        """Read the bounds: `scale_low` and `scale_high` of the environment, else those of its observation space."""
+        space = env.observation_space
+        low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
+        high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
+        self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
+        low = np.where(self.unbounded, -1.0, low)
+        high = np.where(self.unbounded, 1.0, high)
+        self.center = ((low + high) / 2).astype(np.float32)
+        self.width = ((high - low) / 2).astype(np.float32)
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """Observations (..., S) as the networks see them, float32."""
+        return (observation - self.center) / self.width
+
+    def fit(self, observations: np.ndarray) -> None:
+        """Scale unbounded dimensions by mean and deviation of these observations (N, S), for good."""
+        mean = observations.mean(0, dtype=np.float64)
+        deviation = observations.std(0, dtype=np.float64)
+        deviation[deviation < 1e-6] = 1.0  # never moved: no measure of how far it may go
+        self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
+        self.width = np.where(self.unbounded, deviation, self.width).astype(np.float32)
 
 
 # --- same text in every script that acts: the door (home: hyar_td3.py; see make sync) ---
@@ -951,6 +937,31 @@ def probe(args: Args) -> HybridEnv:
     return env
 
 
+def learning_state(agent: HyARTD3, env: HybridEnv, buffer: ReplayBuffer) -> dict[str, Any]:
+    """What a checkpoint holds of them; another network or optimizer of the agent is in it by itself."""
+    return {
+        "agent": agent.state_dict(),
+        "actor_updates": agent.actor_updates,
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
+        "center": torch.from_numpy(env.scale.center),
+        "width": torch.from_numpy(env.scale.width),
+        "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
+        "random_size": buffer.random_size,
+    }
+
+
+def load_learning_state(state: dict[str, Any], agent: HyARTD3, env: HybridEnv, buffer: ReplayBuffer) -> None:
+    """Restore `learning_state`. Raises LookupError or RuntimeError for what is missing or does not fit."""
+    agent.load_state_dict(state["agent"])
+    agent.actor_updates = state["actor_updates"]
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    env.scale.center, env.scale.width = (state[name].numpy() for name in ("center", "width"))
+    buffer.rows = state["rows"]
+    buffer.size = len(buffer.rows)
+    buffer.random_size = state["random_size"]
+
+
 def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:
     """What playing needs: the weights without targets, and the observations' scale."""
     weights = {name: value for name, value in agent.state_dict().items() if not name.startswith("target_")}
@@ -984,7 +995,8 @@ def record_videos(agent: HyARTD3, args: Args, scale: ObservationScale, folder: P
     videos = []
     for i in range(min(3, args.eval_episodes)):
         env, options = make_env(args, scale, video=True), {"episode_trigger": lambda _: True, "disable_logger": True}
-        videos.append(gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"evaluation-{i}", **options))
+        with warnings.catch_warnings(action="ignore"):  # that the folder exists
+            videos.append(gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"evaluation-{i}", **options))
     evaluate(agent, videos, args.seed, average=True)
     for video in videos:
         video.close()
@@ -1011,7 +1023,7 @@ def draw_latent_action_map(agent: HyARTD3, env: HybridEnv, observation: np.ndarr
     device = agent.mask.device
     states, z = torch.from_numpy(observation).expand(len(z), -1).to(device), z.to(device)
     for axis, (k, p) in zip(axes, panels, strict=False):
-        values = vae.select_parameter_action(states, torch.full((len(z),), k, device=device), z)[:, p].cpu()
+        values = vae.select_parameter_action(states, torch.full((len(z),), k, device=device), z)[:, p].cpu().numpy()
         image = axis.imshow(
             values.reshape(41, 41), cmap="coolwarm", origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1
         )
