@@ -13,11 +13,13 @@ Representation", ICLR 2022, https://arxiv.org/abs/2109.05490
 Docs: docs/hyar_td3.md
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import difflib
+import errno
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -36,7 +39,6 @@ from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,6 +93,8 @@ class Args:
     """the environment: any Gymnasium id with a hybrid action space, `package:Name-v0` imports the package first"""
     total_timesteps: int | None = None
     """environment steps of the learning phase (default: by environment; the random phase comes on top)"""
+    max_episode_steps: int | None = None
+    """steps after which an episode is cut off (default: the environment's own limit)"""
     learning_rate: float = 3e-4
     """learning rate of the actor and the critics"""
     buffer_size: int | None = None
@@ -107,10 +111,8 @@ class Args:
     """standard deviation of the target policy's smoothing noise"""
     noise_clip: float = 0.5
     """clip of the target policy's smoothing noise"""
-    exploration_noise_start: float = 1.0
-    """standard deviation of the exploration noise in the first episode"""
     exploration_noise: float = 0.1
-    """standard deviation of the exploration noise after its linear decay"""
+    """standard deviation of the exploration noise, after a linear decay from 1"""
     exploration_noise_episodes: int = 1_000
     """episodes over which the exploration noise decays"""
     learning_starts: int = 128
@@ -133,10 +135,6 @@ class Args:
     """batch size of the VAE"""
     vae_learning_rate: float = 1e-4
     """learning rate of the VAE"""
-    anneal_vae_learning_rate: bool = False
-    """if toggled, the VAE's learning rate falls linearly to 0 over the learning phase"""
-    vae_update_start: int = 1_000
-    """episode of the learning phase from which the VAE is trained further"""
     vae_update_episodes: int | None = None
     """episodes between two further VAE steps and updates of the latent range (default: by environment)"""
     parameter_weight: float = 2.0
@@ -145,8 +143,6 @@ class Args:
     """weight of the state-change prediction error in the VAE's loss"""
     kl_weight: float = 0.5
     """weight of the KL divergence (mean over batch and dimensions) in the VAE's loss"""
-    latent_range_samples: int = 5_000
-    """transitions whose latents give the latent range"""
     latent_range_tail: float = 0.02
     """share of latents outside of the latent range on each side (0.02: c = 96 % in the paper)"""
     relabel: bool = True
@@ -177,69 +173,66 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
-UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+class HybridEnv(gym.Wrapper):
+    """An environment with hybrid actions, as the networks see it.
 
-
-class HybridActionSpace:
-    """A `Tuple(Discrete(K), Tuple(Box, ..., Box))` (a Box per action) or `Tuple(Discrete(K), Box)` (one for all).
-
-    Inside of the script an action is `(k, x)`: index k in 0..K-1 and parameters x (P,) in [-1, 1], padded with zeros
-    to the largest number of parameters P; `mask` (K, P) is 1 where an action has a parameter.
+    Observations are (S,) float32, scaled to about [-1, 1]. An action is `(k, x)`: its index k in 0..K-1 and parameters
+    x (P,) in [-1, 1], padded with zeros to the most that any action has; `mask` (K, P) is 1 where a parameter is.
+    The action space is `Tuple(Discrete(K), Tuple(Box, ..., Box))`, a Box per action, or `Tuple(Discrete(K), Box)`.
     """
 
-    def __init__(self, space: gym.Space) -> None:
-        """Read sizes and bounds. Raises ValueError, with what was expected, for any other space."""
-        expected = "hybrid actions expected: Tuple(Discrete, Tuple(Box, ...)) or Tuple(Discrete, Box)"
-        if isinstance(space, gym.spaces.Box):
-            raise ValueError(f"{expected}, got a Box; for continuous control see sac_ae_pixels.py")
-        if isinstance(space, gym.spaces.Discrete):
-            raise ValueError(f"{expected}, got a Discrete space without parameters; try a DQN")
-        parts = space.spaces if isinstance(space, gym.spaces.Tuple) else ()
-        if len(parts) != 2 or not isinstance(parts[0], gym.spaces.Discrete):
-            raise ValueError(f"{expected}, got {space}")
-        self.num_actions, self.first = int(parts[0].n), int(parts[0].start)
-        self.shared = isinstance(parts[1], gym.spaces.Box)
-        own = parts[1].spaces if isinstance(parts[1], gym.spaces.Tuple) else ()
-        self.boxes = [parts[1]] * self.num_actions if self.shared else list(own)
-        if len(self.boxes) != self.num_actions or not all(isinstance(box, gym.spaces.Box) for box in self.boxes):
-            raise ValueError(f"{expected}, with one Box for each of the {self.num_actions} actions, got {parts[1]}")
-        for k, box in enumerate(self.boxes):
-            if not (np.abs([box.low, box.high]) < UNBOUNDED).all():
-                raise ValueError(f"bounded parameters expected, but action {k} has {box}; wrap it with finite bounds")
-        self.parameter_dims = [math.prod(box.shape) for box in self.boxes]
-        self.parameter_dim = max(self.parameter_dims)
-        if self.parameter_dim == 0:
-            raise ValueError("no action has a parameter: this is a discrete problem; try a DQN")
-        self.mask = np.float32(np.arange(self.parameter_dim) < np.array(self.parameter_dims)[:, None])
+    def __init__(self, env: gym.Env, scale: ObservationScale | None = None) -> None:
+        """Read sizes and bounds; `scale` is another environment's, to share. Raises ValueError for other spaces."""
+        check_spaces(env)
+        super().__init__(Door(env))
+        discrete, boxes = env.action_space.spaces
+        self.num_actions = int(discrete.n)
+        self.first_action = int(discrete.start)
+        self.shared = isinstance(boxes, gym.spaces.Box)
+        self.boxes = [boxes] * self.num_actions if self.shared else list(boxes.spaces)
+        sizes = np.array([math.prod(box.shape) for box in self.boxes])
+        self.parameter_dim = int(sizes.max())
+        self.mask = np.float32(np.arange(self.parameter_dim) < sizes[:, None])
         self.bounds = [(box.low.reshape(-1).astype(float), box.high.reshape(-1).astype(float)) for box in self.boxes]
+        # Other actions' parameters are not read by the environment: any value inside of their bounds will do.
         self.others = tuple(((box.low + box.high) / 2).astype(box.dtype) for box in self.boxes)
+        self.observation_dim = math.prod(env.observation_space.shape)
+        self.scale = scale or ObservationScale(env)
 
-    def to_environment(self, k: int, x: np.ndarray) -> tuple[int, Any]:
-        """The environment's own form of action `k` with parameters `x` (P,) in [-1, 1]."""
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """The first observation (S,) of an episode, and its info."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self.observe(observation), info
+
+    def step(self, action: tuple[int, np.ndarray]) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One step with action `(k, x)`."""
+        observation, reward, terminated, truncated, info = self.env.step(self.to_space(*action))
+        return self.observe(observation), reward, terminated, truncated, info
+
+    def observe(self, observation: Any) -> np.ndarray:
+        """What the environment returned, as (S,) float32 and scaled. Raises RunError if it is not finite."""
+        with np.errstate(over="ignore"):  # too large for float32: refused below
+            array = np.asarray(observation, np.float32).reshape(-1)
+        if array.size != self.observation_dim or not np.isfinite(array).all():
+            expected = f"expected {self.observation_dim} finite numbers"
+            raise RunError(f"observation {observation} is not finite or of another size, {expected}, {self.env.where}")
+        return self.scale(array)
+
+    def to_space(self, k: int, x: np.ndarray) -> tuple[int, Any]:
+        """Action `(k, x)` as the action space has it."""
         box, (low, high) = self.boxes[k], self.bounds[k]
         scaled = low + (high - low) * (x[: len(low)].astype(float) + 1.0) / 2.0
         if np.issubdtype(box.dtype, np.integer):
             scaled = np.rint(scaled)  # cut off, the upper bound would never be reached
         parameters = scaled.clip(low, high).astype(box.dtype).reshape(box.shape)
-        # Other actions' parameters are not read by the environment: any value inside of their bounds will do.
-        return k + self.first, parameters if self.shared else (*self.others[:k], parameters, *self.others[k + 1 :])
+        if self.shared:
+            return k + self.first_action, parameters
+        return k + self.first_action, (*self.others[:k], parameters, *self.others[k + 1 :])
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """Make the environment. Raises ValueError with one line, if it is unknown or its spaces do not fit."""
-    try:
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like Platform-v0 or package:Name-v0"
-        raise ValueError(f"unknown environment {env_id} ({str(error).rstrip('.')}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
-        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {error}") from None
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        kind = type(env.observation_space).__name__
-        raise ValueError(f"a Box observation expected, {env_id} has {kind}; try gymnasium's FlattenObservation on it")
-    HybridActionSpace(env.action_space)
-    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+def make_env(args: Args, scale: ObservationScale | None = None, video: bool = False) -> HybridEnv:
+    """Make the environment; `scale` is another's, to share. Raises ValueError with one line if that is not possible."""
+    return HybridEnv(open_env(args, {"render_mode": "rgb_array"} if video else {}), scale)
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -255,7 +248,8 @@ class HybridActionVAE(nn.Module):
     ) -> None:
         """`kind` is "learned" (a table K x d1, trained by this VAE's loss) or "one-hot" (fixed, d1 = K)."""
         super().__init__()
-        self.kind, hidden = kind, 256
+        self.kind = kind
+        hidden = 256
 
         def two_layers() -> nn.Sequential:
             return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True))
@@ -295,17 +289,14 @@ class HybridActionVAE(nn.Module):
         condition = F.relu(self.decoder_condition(torch.cat((observation, embedding), 1)))
         return self.decoder_hidden(condition * F.relu(self.decoder_latent(latent)))
 
-    def forward(
-        self, observation: Tensor, k: Tensor, x: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, observation: Tensor, k: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Reconstructed parameters (B, P) in (-1, 1), predicted state change (B, S), mean and std (B, d2).
 
-        `k` (B,) are action indices, `noise` (B, d2) standard normal, drawn here if it is not given.
+        `k` (B,) are action indices; `noise` (B, d2) is standard normal.
         """
         embedding = self.discrete_embedding()[k]
         mean, std = self.encode(observation, embedding, x)
-        latent = mean + std * (torch.randn_like(std) if noise is None else noise)
-        hidden = self.decode(observation, embedding, latent)
+        hidden = self.decode(observation, embedding, mean + std * noise)
         return torch.tanh(self.parameter_head(hidden)), torch.tanh(self.state_head(hidden)), mean, std
 
     def select_discrete_action(self, embedding: Tensor) -> Tensor:
@@ -332,40 +323,21 @@ class HybridActionVAE(nn.Module):
         width = (self.latent_high - self.latent_low).clamp_min(1e-6)
         return (2.0 * (latent - self.latent_low) / width - 1.0).clamp(-1.0, 1.0)
 
-    @torch.no_grad()
-    def latent_range(self, observation: Tensor, k: Tensor, x: Tensor, delta: Tensor, tail: float) -> None:
-        """Set the latent range to the central `1 - 2 tail` of sampled latents, and `state_error`, from these rows."""
-        parts = []
-        for part in zip(*(value.split(500) for value in (observation, k, x, delta)), strict=True):  # fits the cache
-            part_observation, embedding = part[0], self.discrete_embedding()[part[1]]
-            mean, std = self.encode(part_observation, embedding, part[2])
-            latent = mean + std * torch.randn_like(std)
-            predicted = torch.tanh(self.state_head(self.decode(part_observation, embedding, latent)))
-            kl = 0.5 * (mean.square() + std.square() - 1.0) - std.log()
-            parts.append((latent, (predicted - part[3]).square().mean(1), kl))
-        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
-        border = min(int(tail * len(latent)), (len(latent) - 1) // 2)
-        ordered = latent.sort(0).values
-        self.latent_low.copy_(ordered[border])
-        self.latent_high.copy_(ordered[-border - 1])
-        self.state_error.copy_(error.mean())
-        self.latent_information.copy_(kl.mean(0))
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """Of normal distributions from the standard one, each dimension by itself (B, d2), in nats."""
+    return 0.5 * (mean.square() + std.square() - 1.0) - std.log()
 
 
-class Actor(nn.Module):
+class Actor(nn.Sequential):
     """The policy (B, S) -> (B, d1 + d2) in (-1, 1): an embedding and a z (section 4, figure 3)."""
 
     def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
         """Two hidden layers of 256; both heads of the original are one layer here."""
-        super().__init__()
-        self.network = nn.Sequential(
+        super().__init__(
             nn.Linear(observation_dim, 256), nn.ReLU(True), nn.Linear(256, 256), nn.ReLU(True),
             nn.Linear(256, latent_action_dim), nn.Tanh(),
         )  # fmt: skip
-
-    def forward(self, observation: Tensor) -> Tensor:
-        """The latent action of each observation."""
-        return self.network(observation)
 
 
 class TwinCritic(nn.Module):
@@ -418,172 +390,156 @@ class ReplayBuffer:
     The random phase's rows come first; the VAE samples from all rows, the critics from the newest of the others.
     """
 
-    def __init__(self, capacity: int, observation_dim: int, latent_action_dim: int, parameter_dim: int) -> None:
-        """`capacity` in transitions: those of the random phase and all that the run will add."""
+    def __init__(self, observation_dim: int, latent_action_dim: int, parameter_dim: int) -> None:
+        """An empty buffer, which grows."""
         self.widths = [observation_dim, latent_action_dim, parameter_dim, 1, observation_dim, 1, 1]
-        self.rows = torch.zeros(capacity, sum(self.widths))
-        self.fields = [part.numpy() for part in self.rows.split(self.widths, 1)]  # views of the same memory
+        self.rows = torch.zeros(4_096, sum(self.widths))
         self.size = 0
         self.random_size = 0
 
     def add(self, *values: Any) -> None:
         """Append one transition, its values in the order of `Batch`."""
-        for column, value in zip(self.fields, values, strict=True):
-            column[self.size] = value
+        if self.size == len(self.rows):
+            self.rows = torch.cat((self.rows, torch.zeros_like(self.rows)))
+        np.concatenate([np.atleast_1d(value) for value in values], out=self.rows[self.size].numpy())
         self.size += 1
 
-    def sample(self, low: int, batch_size: int, device: torch.device) -> Batch:
-        """Rows drawn uniformly from the `low`-th to the newest, with replacement."""
-        rows = self.rows[torch.randint(low, self.size, (batch_size,))].to(device)
+    def columns(self, rows: Tensor) -> Batch:
+        """The parts of these rows (B, ...)."""
         batch = Batch(*rows.split(self.widths, 1))
         return batch._replace(k=batch.k[:, 0].long(), reward=batch.reward[:, 0], terminated=batch.terminated[:, 0])
 
+    def sample(self, oldest: int, batch_size: int, device: torch.device) -> Batch:
+        """Rows drawn uniformly from number `oldest` to the newest, with replacement."""
+        return self.columns(self.rows[torch.randint(oldest, self.size, (batch_size,))].to(device))
 
-# Learning ------------------------------------------------------------------------------------------------------------
-class HyARTD3:
-    """Networks, optimizers and the four updates; an update takes a batch, does one step, returns detached tensors."""
 
-    def __init__(self, args: Args, env: gym.Env, device: torch.device) -> None:
-        """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `resolve`)."""
-        self.args, self.device = args, device
-        self.actions = HybridActionSpace(env.action_space)
-        names, count = getattr(env.unwrapped, "action_names", ()), self.actions.num_actions  # for the pictures
-        fits = isinstance(names, list | tuple) and len(names) == count
-        self.names = list(names) if fits else [f"action {k}" for k in range(count)]
-        space = env.observation_space
-        self.observation_dim = int(np.prod(space.shape))
-        self.embedding_dim = args.discrete_latent_dim
+# Agent ---------------------------------------------------------------------------------------------------------------
+class HyARTD3(nn.Module):
+    """Networks, optimizers and one function per gradient step, which takes a batch and returns detached tensors."""
+
+    def __init__(self, args: Args, env: HybridEnv, device: torch.device) -> None:
+        """Build everything from the sizes of `env`; `args` has no None left (see `check`)."""
+        super().__init__()
+        self.args = args
+        self.embedding_dim = env.num_actions if args.discrete_embedding == "one-hot" else args.discrete_latent_dim
         self.latent_dim = args.parameter_latent_dim
         self.latent_action_dim = self.embedding_dim + self.latent_dim
-        # The scaling to [-1, 1], by the space's bounds or by the narrower ones that the environment gives as customary.
-        # `fit_observation_scale` replaces what is unbounded.
-        low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
-        high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
-        self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
-        low, high = np.where(self.unbounded, -1.0, low), np.where(self.unbounded, 1.0, high)
-        self.center, self.scale = ((low + high) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
-        self.mask = torch.from_numpy(self.actions.mask).to(device)
-
-        sizes = self.observation_dim, self.latent_action_dim
-        self.actor = Actor(*sizes).to(device)
-        self.critic = TwinCritic(*sizes).to(device)
+        self.register_buffer("mask", torch.from_numpy(env.mask))
+        self.actor = Actor(env.observation_dim, self.latent_action_dim)
+        self.critic = TwinCritic(env.observation_dim, self.latent_action_dim)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critics = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.vae = HybridActionVAE(
-            self.observation_dim, self.actions.num_actions, self.actions.parameter_dim,
+            env.observation_dim, env.num_actions, env.parameter_dim,
             self.embedding_dim, self.latent_dim, args.discrete_embedding,
-        ).to(device)  # fmt: skip
-        self.initial_embedding = self.vae.discrete_embedding().detach().clone()
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
-        self.vae_optimizer = torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True)
+        )  # fmt: skip
+        self.register_buffer("initial_embedding", self.vae.discrete_embedding().detach().clone())
+        self.to(device)
+        self.actor_updates = 0
         self.online = [*self.actor.parameters(), *self.critic.parameters()]  # in the order of self.targets
-        self.average, self.actor_updates = list(self.average_actor.parameters()), 0
-        self.targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
-
-    def fit_observation_scale(self, observations: np.ndarray) -> None:
-        """Normalise unbounded dimensions by the mean and deviation of these observations (N, S), for good."""
-        mean, std = observations.mean(0, dtype=np.float64), observations.std(0, dtype=np.float64)
-        std[std < 1e-6] = 1.0  # never moved: no measure of how far it may go
-        self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
-        self.scale = np.where(self.unbounded, std, self.scale).astype(np.float32)
-
-    def scale_observation(self, observation: np.ndarray) -> np.ndarray:
-        """Observations (..., S) of the environment as the networks see them, float32."""
-        return (observation.astype(np.float32) - self.center) / self.scale
+        self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
+        self.average = list(self.average_actor.parameters())
+        self.optimizers = {
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True),
+            "critic": torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True),
+            "vae": torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True),
+        }
 
     @torch.inference_mode()
-    def act(self, observation: np.ndarray, noise: float = 0.0, average: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P), on the CPU.
+    def act(self, observation: np.ndarray, noise: float = 0.0, average: bool = False) -> tuple[np.ndarray, ...]:
+        """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P) for observations (N, S).
 
-        `observation` (N, S) is scaled; `noise` is the standard deviation of the exploration noise; `average` takes the
-        actor's moving average.
+        `noise` is the exploration noise's standard deviation; `average` takes the actor's moving average.
         """
-        state = torch.from_numpy(observation).to(self.device)
+        state = torch.from_numpy(observation).to(self.mask.device)
         latent_action = (self.average_actor if average else self.actor)(state)
         if noise > 0.0:
             latent_action = (latent_action + noise * torch.randn_like(latent_action)).clamp_(-1.0, 1.0)
-        k = self.vae.select_discrete_action(latent_action[:, : self.embedding_dim])
-        x = self.vae.select_parameter_action(state, k, latent_action[:, self.embedding_dim :]) * self.mask[k]
-        return latent_action.cpu(), k.cpu(), x.cpu()
+        embedding, z = latent_action.split((self.embedding_dim, self.latent_dim), 1)
+        k = self.vae.select_discrete_action(embedding)
+        x = self.vae.select_parameter_action(state, k, z) * self.mask[k]
+        return latent_action.cpu().numpy(), k.cpu().numpy(), x.cpu().numpy()
 
-    def update_vae(self, batch: Batch, progress: float = 0.0, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """One step on equation 6: parameters, state change and KL. `progress` in [0, 1] drives the annealing."""
-        args, vae = self.args, self.vae
-        x, delta, mean, std = vae(batch.observation, batch.k, batch.x, noise)
+    def update_vae(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """One step on equation 6: parameters, state change and KL. `noise` (B, d2) is standard normal."""
+        args = self.args
+        if noise is None:
+            noise = torch.randn(len(batch.k), self.latent_dim, device=self.mask.device)
+        x, delta, mean, std = self.vae(batch.observation, batch.k, batch.x, noise)
         parameter_loss = F.mse_loss(x, batch.x)
         state_loss = F.mse_loss(delta, batch.next_observation - batch.observation)
-        kl = (0.5 * (mean.square() + std.square() - 1.0) - std.log()).mean()
+        kl = kl_divergence(mean, std).mean()
         loss = args.parameter_weight * parameter_loss + args.state_weight * state_loss + args.kl_weight * kl
         if args.rebuild_vae_optimizer:
-            self.vae_optimizer = torch.optim.Adam(vae.parameters(), lr=args.vae_learning_rate, fused=True)
-        for group in self.vae_optimizer.param_groups:  # a new rate never costs the optimizer its moments
-            group["lr"] = args.vae_learning_rate * (1.0 - progress * args.anneal_vae_learning_rate)
-        self.vae_optimizer.zero_grad()
+            self.optimizers["vae"] = torch.optim.Adam(self.vae.parameters(), lr=args.vae_learning_rate, fused=True)
+        self.optimizers["vae"].zero_grad()
         loss.backward()
-        self.vae_optimizer.step()
+        self.optimizers["vae"].step()
         losses = {"vae": loss, "vae_parameter": parameter_loss, "vae_state": state_loss, "vae_kl": kl}
         return {name: value.detach() for name, value in losses.items()}
 
+    @torch.no_grad()
     def update_latent_range(self, batch: Batch) -> None:
-        """Recompute the latent range from these rows (latent space constraint, section 3.3)."""
-        delta = batch.next_observation - batch.observation
-        self.vae.latent_range(batch.observation, batch.k, batch.x, delta, self.args.latent_range_tail)
+        """Set the latent range (section 3.3) and `state_error` from these rows: what most of their latents span."""
+        vae, parts = self.vae, []
+        for columns in zip(*(column.split(500) for column in batch), strict=True):  # as much as fits the cache
+            part = Batch(*columns)
+            noise = torch.randn(len(part.k), self.latent_dim, device=self.mask.device)
+            _, delta, mean, std = vae(part.observation, part.k, part.x, noise)
+            error = (delta - (part.next_observation - part.observation)).square().mean(1)
+            parts.append((mean + std * noise, error, kl_divergence(mean, std)))
+        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
+        border = min(int(self.args.latent_range_tail * len(latent)), (len(latent) - 1) // 2)
+        ordered = latent.sort(0).values
+        vae.latent_low.copy_(ordered[border])
+        vae.latent_high.copy_(ordered[-border - 1])
+        vae.state_error.copy_(error.mean())
+        vae.latent_information.copy_(kl.mean(0))
 
     @torch.no_grad()
     def relabel(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Latent actions (B, d1 + d2) that the current VAE decodes into what was done (section 3.3).
 
-        `noise` (B, d1 + d2) is standard normal. Only the rows in need of it are encoded.
+        `noise` (B, d1 + d2) is standard normal.
         """
         args, vae = self.args, self.vae
         embedding, z = batch.latent_action.split((self.embedding_dim, self.latent_dim), 1)
         embedding_noise, latent_noise = noise.split((self.embedding_dim, self.latent_dim), 1)
         own = vae.discrete_embedding()[batch.k]
         stale = vae.select_discrete_action(embedding) != batch.k
-        jitter = (args.policy_noise * embedding_noise).clamp_(-args.noise_clip, args.noise_clip)
-        embedding = torch.where(stale[:, None], (own + jitter).clamp_(-1.0, 1.0), embedding)
+        jitter = (args.policy_noise * embedding_noise).clamp(-args.noise_clip, args.noise_clip)
+        embedding = torch.where(stale[:, None], (own + jitter).clamp(-1.0, 1.0), embedding)
 
-        delta = batch.next_observation - batch.observation
         predicted = vae.select_delta_state(batch.observation, batch.k, z, args.relabel_in_latent_range)
-        error = (predicted - delta).square_().mean(1)
+        error = (predicted - (batch.next_observation - batch.observation)).square().mean(1)
         invalid = error >= args.relabel_threshold * vae.state_error
-        rows = invalid.nonzero()[:, 0]
-        mean, std = vae.encode(batch.observation[rows], own[rows], batch.x[rows])
-        z = z.index_copy(0, rows, vae.to_policy(mean + std * latent_noise[rows]))
+        mean, std = vae.encode(batch.observation[invalid], own[invalid], batch.x[invalid])
+        z = z.clone()
+        z[invalid] = vae.to_policy(mean + std * latent_noise[invalid])
         kept = {"kept_embedding": 1.0 - stale.float().mean(), "kept_latent": 1.0 - invalid.float().mean()}
         return torch.cat((embedding, z), 1), kept
 
     @torch.no_grad()
-    def critic_target(self, batch: Batch, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Relabelled latent actions (B, d1 + d2), the targets (B,) of clipped double Q-learning (equation 7), metrics.
-
-        `noise` (B, 2 (d1 + d2)) is standard normal: half for relabelling, half for the target policy's smoothing.
-        """
-        args = self.args
-        if noise is None:
-            noise = torch.randn(len(batch.reward), 2 * self.latent_action_dim, device=self.device)
-        relabel_noise, smoothing = noise.chunk(2, 1)
-        latent_action, kept = self.relabel(batch, relabel_noise) if args.relabel else (batch.latent_action, {})
-        smoothing = (args.policy_noise * smoothing).clamp_(-args.noise_clip, args.noise_clip)
-        rows = (batch.terminated == 0.0).nonzero()[:, 0]  # what has ended has no next value
-        following = batch.next_observation[rows]
-        next_action = (self.target_actor(following) + smoothing[rows]).clamp_(-1.0, 1.0)
-        next_value = self.target_critics(following, next_action).amin(0)
-        return latent_action, batch.reward.index_add(0, rows, next_value, alpha=args.gamma), kept
+    def critic_target(self, batch: Batch, noise: Tensor) -> Tensor:
+        """The targets (B,) of clipped double Q-learning (equation 7); `noise` (B, d1 + d2) is standard normal."""
+        smoothing = (self.args.policy_noise * noise).clamp(-self.args.noise_clip, self.args.noise_clip)
+        next_action = (self.target_actor(batch.next_observation) + smoothing).clamp(-1.0, 1.0)
+        min_q = self.target_critic(batch.next_observation, next_action).amin(0)
+        return batch.reward + self.args.gamma * (1.0 - batch.terminated) * min_q
 
     def update_critic(self, observation: Tensor, latent_action: Tensor, target: Tensor) -> dict[str, Tensor]:
         """One step of both critics towards `target` (B,)."""
         values = self.critic(observation, latent_action)
         loss = (values - target).square().mean(1).sum()
-        self.critic_optimizer.zero_grad()
+        self.optimizers["critic"].zero_grad()
         loss.backward()
-        self.critic_optimizer.step()
+        self.optimizers["critic"].step()
         return {"critic": loss.detach(), "q_value": values.detach().mean()}
 
     def update_actor(self, observation: Tensor) -> dict[str, Tensor]:
-        """One step up the first critic with inverted gradients, then the targets follow.
+        """One step up the first critic with inverted gradients.
 
         The gradient towards a bound shrinks with the room that is left (Hausknecht and Stone, 2016).
         """
@@ -593,142 +549,537 @@ class HyARTD3:
         (gradient,) = torch.autograd.grad(value, leaf)
         leaf = leaf.detach()
         inverted = gradient * torch.where(gradient > 0.0, 1.0 - leaf, 1.0 + leaf) / 2.0
-        self.actor_optimizer.zero_grad()
+        self.optimizers["actor"].zero_grad()
         action.backward(-inverted)
         norm = nn.utils.clip_grad_norm_(self.actor.parameters(), 10.0)
-        self.actor_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.targets, self.online, self.args.tau)
-            self.actor_updates += 1  # the mean of all actors so far, until there are 1 / policy_average of them
-            rate = max(self.args.policy_average, 1.0 / self.actor_updates)
-            torch._foreach_lerp_(self.average, self.online[: len(self.average)], rate)
+        self.optimizers["actor"].step()
         return {"actor": -value.detach(), "actor_gradient_norm": norm.detach()}
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """The targets, and the actor's average, follow by a step."""
+        torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+        self.actor_updates += 1  # the mean of all actors so far, until there are 1 / policy_average of them
+        rate = max(self.args.policy_average, 1.0 / self.actor_updates)
+        torch._foreach_lerp_(self.average, self.online[: len(self.average)], rate)
 
     def update(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
         """`policy_frequency` critic updates on the parts of one large batch, then one actor update on the last part.
 
-        The targets and the VAE stand still in between, so one pass gives the targets of all parts.
+        The targets and the VAE stand still in between, so one pass relabels and gives the targets of all parts.
+        `noise` (B, 2 (d1 + d2)) is standard normal: half for relabelling, half for the target policy's smoothing.
         """
-        latent_action, target, losses = self.critic_target(batch, noise)
+        if noise is None:
+            noise = torch.randn(len(batch.reward), 2 * self.latent_action_dim, device=self.mask.device)
+        relabel_noise, smoothing_noise = noise.chunk(2, 1)
+        latent_action, losses = self.relabel(batch, relabel_noise) if self.args.relabel else (batch.latent_action, {})
+        target = self.critic_target(batch, smoothing_noise)
         parts = [value.chunk(self.args.policy_frequency) for value in (batch.observation, latent_action, target)]
-        for observation, latent_action, target in zip(*parts, strict=True):
-            losses |= self.update_critic(observation, latent_action, target)
-        return losses | self.update_actor(observation)
-
-    def statistics(self) -> dict[str, float]:
-        """How far the embedding has moved, and how many latent dimensions carry more than 0.01 nats."""
-        moved = (self.vae.discrete_embedding().detach() - self.initial_embedding).abs().max()
-        return {
-            "charts/embedding_moved": float(moved),
-            "charts/latent_dimensions_in_use": float((self.vae.latent_information > 0.01).sum()),
-            "charts/latent_range": float((self.vae.latent_high - self.vae.latent_low).mean()),
-            "charts/state_error": float(self.vae.state_error),
-        }
-
-    def row_sizes(self) -> tuple[int, int, int]:
-        """Sizes of an observation, a latent action and the padded parameters in the replay buffer."""
-        return self.observation_dim, self.latent_action_dim, self.actions.parameter_dim
-
-    def modules(self) -> dict[str, nn.Module]:
-        """All networks by name."""
-        names = "actor", "average_actor", "critic", "target_actor", "target_critics", "vae"
-        return {name: getattr(self, name) for name in names}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        names = "actor_optimizer", "critic_optimizer", "vae_optimizer"
-        return {
-            **{name: module.state_dict() for name, module in self.modules().items()},
-            **{name: getattr(self, name).state_dict() for name in names},
-            "actor_updates": self.actor_updates,
-            "center": torch.from_numpy(self.center),
-            "scale": torch.from_numpy(self.scale),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s, or a model file's, which has no optimizers."""
-        for name, part in state.items():
-            if name in ("center", "scale"):
-                setattr(self, name, part.cpu().numpy())
-            elif name == "actor_updates":
-                self.actor_updates = part
-            else:
-                getattr(self, name).load_state_dict(part)
+        for part in zip(*parts, strict=True):
+            losses |= self.update_critic(*part)
+        losses |= self.update_actor(parts[0][-1])
+        self.update_targets()
+        return losses
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(
-    agent: HyARTD3, environments: list[gym.Env], seed: int, average: bool = False,
-    stopped: Callable[[], Any] = lambda: False,
-) -> dict[str, float]:  # fmt: skip
+def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: bool = False) -> dict[str, float]:
     """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
 
-    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Returns
-    `episodic_return` (mean), `return_std`, `episodic_length` and `success_rate` (nan, if infos hold no `is_success`);
-    nothing once `stopped()` is true. Raises ValueError for an observation or a reward that is not finite.
+    Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. `success_rate` is
+    nan if no episode's last info tells of success; an episode that tells nothing where others do has none.
     """
     count = len(environments)
-    returns, lengths, successes = np.zeros(count), np.zeros(count), np.full(count, np.nan)
-    observations, active = [], list(range(count))
-    for i, env in enumerate(environments):
-        if stopped():
-            return {}
-        observations.append(env.reset(seed=episode_seed(seed, i, stream=1))[0])
-
-    def check(finite: np.ndarray, what: str) -> None:
-        if not finite.all():
-            where = f"the evaluation episode with reset seed {episode_seed(seed, active[finite.argmin()], stream=1)}"
-            raise ValueError(f"{what} is not finite, in {where}")
-
+    returns, lengths = np.zeros(count), np.zeros(count)
+    successes: list[bool | None] = [None for _ in environments]
+    observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments)]
+    active = list(range(count))
     while active:
-        if stopped():
-            return {}
-        seen = np.stack([observations[i] for i in active])
-        check(np.isfinite(seen).all(1), "an observation")
-        _, ks, xs = agent.act(agent.scale_observation(seen), average=average)
+        _, ks, xs = agent.act(np.stack([observations[i] for i in active]), average=average)
         running = []
-        for i, k, x in zip(active, ks.tolist(), xs.numpy(), strict=True):
-            action = agent.actions.to_environment(k, x)
-            observations[i], reward, terminated, truncated, info = environments[i].step(action)
+        for i, k, x in zip(active, ks.tolist(), xs, strict=True):
+            observations[i], reward, terminated, truncated, info = environments[i].step((k, x))
             returns[i] += reward
             lengths[i] += 1
             if terminated or truncated:
-                successes[i] = info.get("is_success", np.nan)
+                successes[i] = info.get("is_success")
             else:
                 running.append(i)
-        check(np.isfinite(returns[active]), "a reward")
         active = running
     return {
         "episodic_return": float(returns.mean()),
         "return_std": float(returns.std()),
         "episodic_length": float(lengths.mean()),
-        "success_rate": float(successes.mean()),
+        "success_rate": successes.count(True) / count if any(s is not None for s in successes) else math.nan,
     }
 
 
-def record_videos(
-    agent: HyARTD3, args: Args, folder: Path, step: int, stopped: Callable[[], Any] = lambda: False
-) -> list[Path]:
-    """Write mp4 videos of the averaged policy's first three evaluation episodes and return their paths."""
-    env = gym.wrappers.RecordVideo(
-        make_env(args.env_id, render_mode="rgb_array"),
-        str(folder / "videos"), episode_trigger=lambda _: True, name_prefix=f"step{step}", disable_logger=True,
+# Main ----------------------------------------------------------------------------------------------------------------
+EXPLORATION_NOISE_START = 1.0  # standard deviation in the first episode
+VAE_UPDATE_START = 1_000  # episode of the learning phase from which the VAE is trained further
+LATENT_RANGE_ROWS = 5_000  # transitions whose latents give the latent range
+
+
+def random_phase(env: HybridEnv, buffer: ReplayBuffer, args: Args, run: Run) -> None:
+    """Fill the buffer with uniformly random actions, and set the scale of unbounded observations.
+
+    Its steps are not counted as environment steps, as in the paper.
+    """
+    generator = np.random.default_rng(episode_seed(args.seed, 0, stream=2))
+    no_latent_action = np.zeros(buffer.widths[1])
+    for episode in range(args.random_episodes):
+        observation, _ = env.reset(seed=episode_seed(args.seed, episode))
+        done = False
+        while not done:
+            run.progress(0, f"random phase, episode {episode + 1:,} of {args.random_episodes:,}")
+            k = int(generator.integers(env.num_actions))
+            x = generator.uniform(-1.0, 1.0, env.parameter_dim).astype(np.float32) * env.mask[k]
+            next_observation, reward, terminated, truncated, _ = env.step((k, x))
+            buffer.add(observation, no_latent_action, x, k, next_observation, reward, terminated)
+            observation, done = next_observation, terminated or truncated
+            if run.signal:
+                run.stop()
+    buffer.random_size = buffer.size
+    rows = buffer.columns(buffer.rows[: buffer.size])
+    env.scale.fit(rows.observation.numpy())
+    for column in (rows.observation, rows.next_observation):  # views of the buffer; what has bounds is scaled already
+        unbounded = torch.from_numpy(env.scale.unbounded)
+        column[:, unbounded] = torch.from_numpy(env.scale(column.numpy()))[:, unbounded]
+
+
+def main(args: Args) -> Path:
+    """Train one agent and return its run folder."""
+    try:
+        check(args)
+        env = probe(args)
+        evaluation_envs = [make_env(args, env.scale) for _ in range(args.eval_episodes)]
+    except ValueError as error:
+        usage_error(str(error))
+    with Run(args) as run:
+        run.say(f"{run.name}: " + ", ".join(f"{name} {getattr(args, name):,}" for name in DEFAULTS_BY_ENVIRONMENT[""]))
+        device = set_up_torch(args)
+        torch.set_num_threads(1)  # these products are too small for two threads
+        agent = HyARTD3(args, env, device)
+        buffer = ReplayBuffer(env.observation_dim, agent.latent_action_dim, env.parameter_dim)
+        recent: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
+        losses: dict[str, Tensor] = {}
+        step = episode = episode_length = updates_due = 0
+        episode_return = 0.0
+
+        def start_episode() -> np.ndarray:
+            """The first observation of an episode of the learning phase; the random phase has the first seeds."""
+            return env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
+
+        def evaluate_agent() -> None:
+            """Evaluate the actor and its average, and keep the best model; a signal may end this anywhere."""
+            metrics = evaluate(agent, evaluation_envs, args.seed)
+            averaged = evaluate(agent, evaluation_envs, args.seed, average=True)
+            for name in ("episodic_return", "success_rate"):
+                metrics[f"average_{name}"] = averaged[name]
+            if all(averaged["episodic_return"] >= row["average_episodic_return"] for row in run.eval_rows):
+                run.save_model("best_model.pt", model_state(agent, env.scale))
+            run.log_evaluation(step, metrics)
+
+        if run.checkpoint is None:
+            random_phase(env, buffer, args, run)
+            for update in range(1, args.vae_pretrain_steps + 1):
+                losses = agent.update_vae(buffer.sample(0, args.vae_batch_size, device))
+                if run.signal:
+                    run.stop()
+                if update % 1_000 == 0:
+                    run.progress(0, f"VAE pre-training, update {update:,}, loss {losses['vae']:.4f}")
+            run.log(0, {f"losses/{name}": value for name, value in losses.items()})
+            agent.update_latent_range(buffer.sample(0, LATENT_RANGE_ROWS, device))
+            observation = start_episode()
+        else:
+            with run.restoring():
+                state = run.checkpoint
+                step, episode, updates_due = state["step"], state["episode"], state["updates_due"]
+                episode_length, episode_return = state["episode_length"], state["episode_return"]
+                recent.extend(state["recent"])
+                load_learning_state(state, agent, env, buffer)
+                saved_observation = state["observation"].numpy()
+            observation, done = start_episode(), False
+            replayed = buffer.columns(buffer.rows[buffer.size - episode_length :])
+            for k, x in zip(replayed.k.tolist(), replayed.x.numpy(), strict=True):  # the interrupted episode up to here
+                if not done:
+                    observation, _, terminated, truncated, _ = env.step((k, x))
+                    done = terminated or truncated
+            if done or not np.array_equal(observation, saved_observation):
+                run.say(f"warning: episode {episode} does not replay to the saved observation; going on with the next")
+                episode, episode_length, episode_return = episode + 1, 0, 0.0
+                observation = start_episode()
+
+        first_step, (mean_return, mean_length) = step, np.mean(recent or [(math.nan, math.nan)], 0)
+        run.steps_per_second(step)  # counts from here
+        while True:
+            decay = min(1.0, episode / args.exploration_noise_episodes)
+            noise = EXPLORATION_NOISE_START + decay * (args.exploration_noise - EXPLORATION_NOISE_START)
+            last = step == args.total_timesteps
+            evaluating = step > 0 and (last or step % args.eval_frequency == 0)
+            saving = step > first_step and (last or step % args.checkpoint_frequency == 0)
+            if step > first_step and (evaluating or saving or run.signal or step % 1_000 == 0):
+                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                run.log(step, {
+                    **{f"losses/{name}": value for name, value in losses.items()},
+                    **latent_statistics(agent, buffer.columns(buffer.rows[:32].to(device))),
+                    "charts/episodic_return": mean_return, "charts/episodic_length": mean_length,
+                    "charts/episodes": episode, "charts/exploration_noise": noise,
+                    "charts/SPS": run.steps_per_second(step),
+                })  # fmt: skip
+            if evaluating and not run.evaluated(step):
+                run.unless_stopped(evaluate_agent)
+            if saving or run.signal:
+                run.save_checkpoint(step, {
+                    **learning_state(agent, env, buffer), "episode": episode, "episode_length": episode_length,
+                    "episode_return": episode_return, "observation": torch.from_numpy(observation),
+                    "updates_due": updates_due, "recent": list(recent),
+                })  # fmt: skip
+            if run.signal:
+                run.stop()
+            if last:
+                break
+
+            step += 1
+            latent_action, k, x = (value[0] for value in agent.act(observation[None], noise))
+            if not np.isfinite(x).all():  # diverged: name the loss, if it shows there already
+                run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+                raise RunError(f"step {step}: the policy's parameters are {x}; try a smaller learning rate")
+            next_observation, reward, terminated, truncated, _ = env.step((int(k), x))
+            ended = terminated or (truncated and not args.bootstrap_at_limit)
+            buffer.add(observation, latent_action, x, k, next_observation, reward, ended)
+            observation = next_observation
+            episode_length += 1
+            episode_return += reward
+
+            if step >= args.learning_starts:
+                # One critic update a step; as in the original, one more at the first step of each episode.
+                updates_due += 2 if episode_length == 1 else 1
+                while updates_due >= args.policy_frequency:
+                    oldest = max(buffer.random_size, buffer.size - args.buffer_size)
+                    losses |= agent.update(buffer.sample(oldest, args.policy_frequency * args.batch_size, device))
+                    updates_due -= args.policy_frequency
+
+            if terminated or truncated:
+                recent.append((episode_return, episode_length))
+                mean_return, mean_length = np.mean(recent, 0)
+                episode, episode_length, episode_return = episode + 1, 0, 0.0
+                if episode >= VAE_UPDATE_START and episode % args.vae_update_episodes == 0:
+                    losses |= agent.update_vae(buffer.sample(0, args.vae_batch_size, device))
+                    agent.update_latent_range(buffer.sample(0, LATENT_RANGE_ROWS, device))
+                observation = start_episode()
+            run.progress(step, f"return {mean_return:.3f}")
+
+        run.save_model("model.pt", model_state(agent, env.scale))
+
+        def draw() -> None:
+            """The latent action space in an evaluation's first state, and the learning curve."""
+            start, _ = evaluation_envs[0].reset(seed=episode_seed(args.seed, 0, stream=1))
+            run.log_figure(step, "latent_action_map", draw_latent_action_map(agent, env, start))
+            run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, run.name))
+
+        def film() -> None:
+            """Videos of the averaged policy."""
+            run.log_videos(step, record_videos(agent, args, env.scale, run.folder / "videos"))
+
+        run.finish(step, {"agent": agent.state_dict()}, draw, *([film] if args.capture_video else []))
+    score, averaged = (
+        np.mean([row[name] for row in run.eval_rows[-10:]]) for name in ("episodic_return", "average_episodic_return")
+    )
+    print(f"mean return of the last 10 evaluations: {score:.3f}, averaged policy {averaged:.3f}; see {run.folder}")
+    return run.folder
+
+
+# Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
+def check(args: Args) -> None:
+    """Fill in what depends on the environment, and raise ValueError, with one line, for what can't work."""
+    if args.discrete_embedding == "one-hot" and args.discrete_latent_dim is not None:
+        raise ValueError("--discrete-latent-dim: one-hot embeddings have one dimension an action; leave it out")
+    name = args.env_id.rpartition(":")[2].split("-v")[0].rstrip("0123456789")
+    for field, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(name, {})}.items():
+        if getattr(args, field) is None:
+            setattr(args, field, value)
+    at_least_one = (
+        "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "buffer_size", "batch_size",
+        "policy_frequency", "exploration_noise_episodes", "random_episodes", "discrete_latent_dim",
+        "parameter_latent_dim", "vae_batch_size", "vae_update_episodes", "max_episode_steps",
     )  # fmt: skip
+    most = {"gamma": 1.0, "tau": 1.0, "policy_average": 1.0, "latent_range_tail": 0.49}
+    check_numbers(args, dict.fromkeys(at_least_one, 1), most)
+    if args.total_timesteps - max(args.learning_starts, 1) + 1 < args.policy_frequency:
+        flags = f"--total-timesteps {args.total_timesteps} ends before the first update: --learning-starts"
+        flags += f" {args.learning_starts}, --policy-frequency {args.policy_frequency}"
+        raise ValueError(f"{flags}; raise the first or lower the others")
+
+
+UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+
+
+class ObservationScale:
+    """Scales observations to about [-1, 1]: by the space's bounds, or narrower ones that the environment names.
+
+    Where there are none, an observation stays as it is until `fit` has seen what it looks like.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        """Read the bounds: `scale_low` and `scale_high` of the environment, else those of its observation space."""
+        space = env.observation_space
+        low = np.array(getattr(env.unwrapped, "scale_low", space.low), np.float64).reshape(-1)
+        high = np.array(getattr(env.unwrapped, "scale_high", space.high), np.float64).reshape(-1)
+        self.unbounded = (low < -UNBOUNDED) | (high > UNBOUNDED) | (low == high)
+        low = np.where(self.unbounded, -1.0, low)
+        high = np.where(self.unbounded, 1.0, high)
+        self.center = ((low + high) / 2).astype(np.float32)
+        self.width = ((high - low) / 2).astype(np.float32)
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """Observations (..., S) as the networks see them, float32."""
+        return (observation - self.center) / self.width
+
+    def fit(self, observations: np.ndarray) -> None:
+        """Scale unbounded dimensions by mean and deviation of these observations (N, S), for good."""
+        mean = observations.mean(0, dtype=np.float64)
+        deviation = observations.std(0, dtype=np.float64)
+        deviation[deviation < 1e-6] = 1.0  # never moved: no measure of how far it may go
+        self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
+        self.width = np.where(self.unbounded, deviation, self.width).astype(np.float32)
+
+
+# --- same text in every script that acts: the door (home: hyar_td3.py; see make sync) ---
+class Door(gym.Wrapper):
+    """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
+
+    Raises RunError, with the reset seed of the episode, for what cannot be handed on.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The first observation of an episode, and its info."""
+        self.steps, self.where = 0, f"in the episode with reset seed {seed}"
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        reward = np.asarray(reward, np.float64)
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
+            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
+        if self.steps == 100_000 and not (terminated or truncated):
+            raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
+        success = info.get("is_success", info.get("success"))
+        if success is not None:
+            info = {**info, "is_success": bool(np.asarray(success).all())}
+        return observation, reward.item(), bool(terminated), bool(truncated), info
+
+
+# --- end of the same text ---
+
+
+def open_env(args: Args, options: dict[str, Any]) -> gym.Env:
+    """`gym.make`. Raises ValueError with one line, if the environment is unknown or cannot be made."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that `mine:Name-v0` finds the user's mine.py
+    if args.max_episode_steps:
+        options = {**options, "max_episode_steps": args.max_episode_steps}
+    try:
+        return gym.make(args.env_id, **options)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like Platform-v0 or package:Name-v0"
+        raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
+
+
+def check_spaces(env: gym.Env) -> None:
+    """Raise ValueError, with what was expected, for spaces that are not a hybrid problem's."""
+    space, expected = env.action_space, "expected Tuple(Discrete, Tuple(Box, ...)) or Tuple(Discrete, Box) actions"
+    if isinstance(space, gym.spaces.Box):
+        raise ValueError(f"{expected}, got a Box; for continuous control see sac_ae_pixels.py")
+    if isinstance(space, gym.spaces.Discrete):
+        raise ValueError(f"{expected}, got a Discrete space without parameters; try a DQN")
+    parts = space.spaces if isinstance(space, gym.spaces.Tuple) else ()
+    if len(parts) != 2 or not isinstance(parts[0], gym.spaces.Discrete):
+        raise ValueError(f"{expected}, got {space}")
+    count = int(parts[0].n)
+    boxes = parts[1].spaces if isinstance(parts[1], gym.spaces.Tuple) else [parts[1]]
+    if not all(isinstance(box, gym.spaces.Box) for box in boxes) or (parts[1] is not boxes[0] and len(boxes) != count):
+        raise ValueError(f"{expected}, with one Box for each of the {count} actions, got {parts[1]}")
+    for k, box in enumerate(boxes):
+        if not (np.abs([box.low, box.high]) < UNBOUNDED).all():
+            raise ValueError(f"expected bounded parameters, but action {k} has {box}; wrap it with finite bounds")
+    if not any(math.prod(box.shape) for box in boxes):
+        raise ValueError("no action has a parameter: this is a discrete problem; try a DQN")
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        kind = type(env.observation_space).__name__
+        raise ValueError(f"expected a Box observation, but the environment has {kind}; try FlattenObservation")
+
+
+def probe(args: Args) -> HybridEnv:
+    """An environment that has taken a step, and drawn a picture if it has to. Raises ValueError with one line."""
+    env = make_env(args)
+    try:
+        env.reset(seed=0)
+        env.step((0, np.zeros(env.parameter_dim)))
+    except Exception as error:  # whatever a third party's environment raises
+        raise ValueError(f"{args.env_id} does not work: {type(error).__name__}: {error}") from None
+    if args.capture_video:
+        drawn = make_env(args, video=True)
+        try:
+            drawn.reset(seed=0)
+            picture = drawn.render()
+        except Exception as error:
+            raise ValueError(f"{args.env_id} cannot be drawn: {type(error).__name__}: {error}") from None
+        drawn.close()
+        if drawn.render_mode != "rgb_array" or not isinstance(picture, np.ndarray):
+            mode = f"render_mode {drawn.render_mode}"
+            raise ValueError(f"{args.env_id} draws no rgb_array ({mode}); leave out --capture-video")
+    return env
+
+
+def learning_state(agent: HyARTD3, env: HybridEnv, buffer: ReplayBuffer) -> dict[str, Any]:
+    """What a checkpoint holds of them; another network or optimizer of the agent is in it by itself."""
+    return {
+        "agent": agent.state_dict(),
+        "actor_updates": agent.actor_updates,
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
+        "center": torch.from_numpy(env.scale.center),
+        "width": torch.from_numpy(env.scale.width),
+        "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
+        "random_size": buffer.random_size,
+    }
+
+
+def load_learning_state(state: dict[str, Any], agent: HyARTD3, env: HybridEnv, buffer: ReplayBuffer) -> None:
+    """Restore `learning_state`. Raises LookupError or RuntimeError for what is missing or does not fit."""
+    agent.load_state_dict(state["agent"])
+    agent.actor_updates = state["actor_updates"]
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    env.scale.center, env.scale.width = (state[name].numpy() for name in ("center", "width"))
+    buffer.rows = state["rows"]
+    buffer.size = len(buffer.rows)
+    buffer.random_size = state["random_size"]
+
+
+def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:
+    """What playing needs: the weights without targets, and the observations' scale."""
+    weights = {name: value for name, value in agent.state_dict().items() if not name.startswith("target_")}
+    return {"agent": weights, "center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
+
+
+@torch.inference_mode()
+def latent_statistics(agent: HyARTD3, batch: Batch) -> dict[str, float]:
+    """How far the embedding has moved, what the latent holds, and how much of the parameters it can reach.
+
+    `charts/latent_reach` is the mean width, of 2, of the parameters that z in [-1, 1] decodes into; `batch` gives
+    states and actions to measure it in.
+    """
+    vae, count, draws = agent.vae, len(batch.k), 256
+    z = torch.rand(count * draws, agent.latent_dim, generator=torch.Generator().manual_seed(0)).to(batch.k.device)
+    states = batch.observation.repeat_interleave(draws, 0)
+    decoded = vae.select_parameter_action(states, batch.k.repeat_interleave(draws), 2.0 * z - 1.0)
+    decoded = decoded.view(count, draws, -1)
+    width = (decoded.amax(1) - decoded.amin(1))[agent.mask[batch.k] > 0.0]
+    return {
+        "charts/embedding_moved": float((vae.discrete_embedding() - agent.initial_embedding).abs().max()),
+        "charts/latent_dimensions_in_use": float((vae.latent_information > 0.01).sum()),
+        "charts/latent_range": float((vae.latent_high - vae.latent_low).mean()),
+        "charts/latent_reach": float(width.mean()),
+        "charts/state_error": float(vae.state_error),
+    }
+
+
+def record_videos(agent: HyARTD3, args: Args, scale: ObservationScale, folder: Path) -> list[Path]:
+    """Play the averaged policy's first three evaluation episodes in environments that are recorded; the mp4 files."""
+    videos = []
     for i in range(min(3, args.eval_episodes)):
-        observation, done = env.reset(seed=episode_seed(args.seed, i, stream=1))[0], False
-        while not (done or stopped()):
-            _, k, x = agent.act(agent.scale_observation(observation)[None], average=True)
-            observation, _, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x[0].numpy()))
-            done = terminated or truncated
-    env.close()
-    return sorted((folder / "videos").glob(f"step{step}-*.mp4"))
+        env, options = make_env(args, scale, video=True), {"episode_trigger": lambda _: True, "disable_logger": True}
+        with warnings.catch_warnings(action="ignore"):  # that the folder exists
+            videos.append(gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"evaluation-{i}", **options))
+    evaluate(agent, videos, args.seed, average=True)
+    for video in videos:
+        video.close()
+    return sorted(folder.glob("evaluation-*.mp4"))
 
 
-# --- run folder, logging, checkpoints: the same text in every script ---
+@torch.no_grad()
+def draw_latent_action_map(agent: HyARTD3, env: HybridEnv, observation: np.ndarray) -> Figure:
+    """Decoded parameters over the two most informative dimensions of z, in one state (S,); 24 panels at most."""
+    vae, count = agent.vae, env.num_actions
+    names = getattr(env.unwrapped, "action_names", ())
+    if not isinstance(names, list | tuple) or len(names) != count:
+        names = [f"action {k}" for k in range(count)]
+    panels = [(k, p) for k in range(count) for p in range(env.parameter_dim) if env.mask[k, p]][:24]
+    ranked = vae.latent_information.argsort(descending=True).tolist()
+    first, second = ranked[0], ranked[min(1, len(ranked) - 1)]
+    grid, z = torch.linspace(-1.0, 1.0, 41), torch.zeros(41 * 41, agent.latent_dim)
+    z[:, second] = grid.repeat_interleave(41)
+    z[:, first] = grid.repeat(41)
+    columns, rows = min(6, len(panels)), math.ceil(len(panels) / 6)
+    figure = Figure(figsize=(3.6 * columns + 0.6, 3.0 * rows + 0.5), layout="constrained")
+    figure.suptitle("Latent action map: decoded parameter, other dimensions of z at 0")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    device = agent.mask.device
+    states, z = torch.from_numpy(observation).expand(len(z), -1).to(device), z.to(device)
+    for axis, (k, p) in zip(axes, panels, strict=False):
+        values = vae.select_parameter_action(states, torch.full((len(z),), k, device=device), z)[:, p].cpu().numpy()
+        image = axis.imshow(
+            values.reshape(41, 41), cmap="coolwarm", origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1
+        )
+        axis.set(title=f"{names[k]}, parameter {p}", xlabel=f"z[{first}]", ylabel=f"z[{second}]")
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.colorbar(image, ax=axes[: len(panels)], label="parameter in [-1, 1]")
+    return figure
+
+
+def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
+    """Evaluation return, and success rate where there is one, over environment steps."""
+    shown = ["episodic_return"] if math.isnan(rows[-1]["success_rate"]) else ["episodic_return", "success_rate"]
+    figure = Figure(figsize=(3.6 * len(shown) + 0.6, 3.5), layout="constrained")
+    figure.suptitle(title)
+    steps = [row["step"] for row in rows]
+    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        axis.plot(steps, [row[name] for row in rows], marker=".", label="actor")
+        axis.plot(steps, [row[f"average_{name}"] for row in rows], marker=".", label="its moving average")
+        axis.legend(fontsize=8)
+        axis.set(xlabel="environment steps", ylabel=f"evaluation {name.replace('_', ' ')}")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+# --- same text in every script: run folder, logging, checkpoints (home: hyar_td3.py; see make sync) ---
+class RunError(ValueError):
+    """Ends a run with one line instead of a traceback: its text is for the user."""
+
+
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
     print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
     raise SystemExit(2)
+
+
+def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
+    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
+            low, high, flag = least.get(name, 0), most.get(name, limit), f"--{name.replace('_', '-')}"
+            if not value >= low:  # nan is not, either
+                raise ValueError(f"{flag} {value}: a number of at least {low} expected")
+            if value > high:
+                raise ValueError(f"{flag} {value}: a number of at most {high} expected")
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Seed PyTorch, make it deterministic, and choose the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
 def episode_seed(seed: int, index: int, stream: int = 0) -> int:
@@ -747,99 +1098,152 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 class Run:
-    """The run folder, everything that is written into it, and the signals that end a run."""
+    """The run folder, what is written into it, and the signals that end a run. Use it in a `with` statement."""
 
     def __init__(self, args: Args) -> None:
         """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
         if args.resume and not args.run_name:
             usage_error("--resume needs the --run-name of the run to continue")
-        if args.track:
-            try:
-                import wandb
-            except ModuleNotFoundError:
-                usage_error("--track needs wandb; try pip install wandb, or leave it out")
-        if args.capture_video and importlib.util.find_spec("moviepy") is None:
-            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = re.sub(r"[/\\:]", "-", name)
-        if self.name in ("", ".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
-            usage_error(f"--run-name {name[:50]!r}: a plain folder name of at most 200 bytes expected")
+        if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
+            usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
+        while not args.run_name and (Path(args.runs_dir) / self.name).exists():
+            self.name += "_"  # another run began in this second
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
-        if self.folder.exists() and not args.resume:
-            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        if self.folder.exists():
-            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"it is a file"}
+        self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        try:
+            found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            if self.folder.exists() and not args.resume:
+                raise FileExistsError
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
-        try:
             self.folder.mkdir(parents=True, exist_ok=args.resume)
-            self.lock = self.take_lock()
-        except FileExistsError:  # another process was faster
-            usage_error(f"{self.folder} exists; choose another --run-name")
-        except OSError as error:
-            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
-        if args.resume:
-            self.load_checkpoint()
-        if self.checkpoint is None:
-            commit = None
-            with contextlib.suppress(OSError):  # no git here
-                git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-                commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-            about = {
-                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
-                "commit": commit, "python": sys.version.split()[0],
-                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-            }  # fmt: skip
-            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
-            shutil.copy(__file__, self.folder / Path(__file__).name)
-        step = self.checkpoint["step"] if self.checkpoint else 0
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            self.take_lock()
+            if args.resume:
+                self.load_checkpoint()
+            step = self.checkpoint["step"] if self.checkpoint else -1
+            if self.checkpoint is None:
+                self.describe()
+            # What a killed run wrote after its last checkpoint is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        except FileExistsError:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        except OSError as error:  # a full or read-only disk, somebody else's folder
+            usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
         if args.track:
-            try:
-                wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
-                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
-                )  # fmt: skip
-            except Exception as error:  # no key, a bad name, no network; nothing is removed: it may be a run of old
-                hint = "run `wandb login`" if "key" in str(error) or "login" in str(error) else "change the name"
-                hint += f", or set WANDB_MODE=offline, and go on with --run-name {self.name} --resume"
-                usage_error(f"wandb: {error}; {hint}")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb = wandb
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+            self.start_wandb(args)
+        self.bar = tqdm(total=args.total_timesteps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
-        self.window_step = step
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.window_step = max(step, 0)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 
-    def take_lock(self) -> BinaryIO:
+    def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
-        file = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
+        self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
         try:  # not flock, which children inherit: one that outlives this process would keep the folder
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
-        except (NameError, OSError) as error:  # not on this system, or not on this file system
+        except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
             print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
-        return file
+
+    def describe(self) -> None:
+        """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        about = {
+            "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit,
+            "python": sys.version.split()[0],
+            "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+        }  # fmt: skip
+        write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        shutil.copy(__file__, self.folder / Path(__file__).name)
+
+    def start_wandb(self, args: Args) -> None:
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+            )  # fmt: skip
+        except ModuleNotFoundError:
+            usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        except Exception as error:  # no key, a bad name, no network
+            cure = "run `wandb login`" if "key" in str(error) or "log in" in str(error) else "change what it names"
+            usage_error(f"wandb: {error}; {cure}, or set WANDB_MODE=offline, and add --run-name {self.name} --resume")
+        wandb.define_metric("*", step_metric="global_step")
+        self.wandb = wandb
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
-        self.signal = number
+        """Remember the signal: the loop saves and stops after its current step. A second one ends the run at once."""
+        now = time.monotonic()
+        if self.signal and now - self.signal_time > 1.0:  # `timeout` sends its one signal twice
+            os._exit(128 + number)
+        self.signal, self.signal_time = self.signal or number, self.signal_time or now
         if self.at_once:
             raise KeyboardInterrupt
 
+    def unless_stopped(self, work: Callable[[], Any]) -> None:
+        """Do `work`, which a signal ends at once: a resumed run does it again."""
+        try:
+            self.at_once = True
+            if not self.signal:
+                work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.at_once = False
+
+    def say(self, text: str) -> None:
+        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self.signal = self.signal or signal.SIGTERM
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
+                self.say(f"{self.name}: {done}, {text}")
+
+    def steps_per_second(self, step: int) -> float:
+        """Environment steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        """Write scalars to TensorBoard and wandb. Raises RunError for a loss that is not finite."""
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+                raise RunError(f"step {step}: {name} is {value}; try a smaller learning rate")
             self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({**metrics, "global_step": step})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
@@ -853,15 +1257,13 @@ class Run:
         lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
         write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
 
-    def log_figure(self, step: int, name: str, figure: Any) -> None:
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
         """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
         path = self.folder / f"{name}.png"
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        figure.clear()
-        image = np.asarray(PIL.Image.open(path).convert("RGB"))
-        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        self.writer.add_figure(f"images/{name}", figure, step)
         if self.wandb:
-            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+            self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
         """Show videos that lie in the run folder in wandb too."""
@@ -869,22 +1271,10 @@ class Run:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar; without a terminal, print a line every 10 seconds."""
-        self.bar.update(step - self.bar.n)
-        now = time.monotonic()
-        if now - self.shown > 10.0:
-            self.shown = now
-            self.bar.set_postfix_str(text, refresh=False)
-            if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                print(f"{self.name}: {done}, {text}", flush=True)
-
-    def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
-        then, self.window_time = self.window_time, time.monotonic()
-        steps, self.window_step = step - self.window_step, step
-        return steps / max(self.window_time - then, 1e-9)
+    def save_model(self, name: str, state: dict[str, Any]) -> None:
+        """Write weights alone, and the arguments, from which the agent can be built again."""
+        content = {**state, "arguments": json.dumps(self.settings)}
+        write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
         """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
@@ -897,7 +1287,7 @@ class Run:
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
         except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
-            self.fail(f"step {step}: cannot write {path} ({error})")
+            raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
@@ -911,7 +1301,7 @@ class Run:
                 self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
             elif about.exists():
                 recorded = json.loads(about.read_text())
-                script, arguments = recorded["script"], dict(recorded["arguments"])
+                script, arguments, finished = recorded["script"], dict(recorded["arguments"]), False
             else:
                 return  # killed before anything was written
         except Exception as error:  # a damaged file raises nearly anything
@@ -922,15 +1312,19 @@ class Run:
         if changed:
             listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
             usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
-        if self.checkpoint and finished:
+        if finished:
             print(f"{self.folder} is finished")
             raise SystemExit(0)
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line."""
+        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
         try:
             yield
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            self.write_evaluations()  # a killed run may have written further
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.close()
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
@@ -940,32 +1334,46 @@ class Run:
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
-    def restore_random_state(self) -> None:
-        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
-        with self.restoring():
-            torch.set_rng_state(self.checkpoint["torch_rng"])
-            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-        self.write_evaluations()
-
-    def fail(self, message: str) -> NoReturn:
-        """End the run with one line and status 1; the last checkpoint stays as it is."""
-        path = self.folder / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        self.close()
-        print(f"error: {message}; {last}", file=sys.stderr)
-        raise SystemExit(1)
-
     def stop(self) -> NoReturn:
         """End the run after a signal, with the status that a shell gives it (143 or 130)."""
         self.close()
         print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
+    def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
+        """Make what comes after training, and mark the checkpoint as finished.
+
+        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        """
+        for extra in extras:
+            try:
+                self.unless_stopped(extra)
+            except Exception as error:
+                self.say(f"warning: {extra.__name__} failed ({type(error).__name__}: {error}); the models are saved")
+            if self.signal:
+                self.stop()
+        self.save_checkpoint(step, state, finished=True)
+
+    def __enter__(self) -> Run:
+        """The run itself."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        """Close everything. A RunError and a full disk end in one line and status 1."""
+        self.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
+
     def close(self) -> None:
         """Close the bar and the loggers and give the signals back."""
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
+            self.writer.close()
         if self.wandb:
             self.wandb.finish()
         for number, handler in self.handlers.items():
@@ -973,383 +1381,11 @@ class Run:
         self.lock.close()
 
 
-# --- end of the common block ---
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-def new_figure(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
-    """A figure of its own (no pyplot, so no global state), with an array (rows, columns) of axes."""
-    figure = Figure(figsize=(3.6 * columns + 0.6, 3.0 * rows + 0.5), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-@torch.no_grad()
-def draw_latent_actions(agent: HyARTD3, observation: np.ndarray) -> dict[str, Figure]:
-    """Three pictures of the latent action space in one state, `observation` (S,), scaled; 24 parameters at most.
-
-    The map of decoded parameters over the two most informative latent dimensions, alternatives sampled from the prior
-    and around the policy's z (with a random generator of their own), an interpolation between two latent actions.
-    """
-    vae, dims, generator = agent.vae, agent.actions.parameter_dims, torch.Generator().manual_seed(0)
-    panels = [(k, p) for k in range(agent.actions.num_actions) for p in range(dims[k])][:24]
-    shown = sorted({k for k, _ in panels})
-    titles = [f"{agent.names[k]}, parameter {p}" for k, p in panels]
-
-    def panel_figure(title: str) -> tuple[Figure, np.ndarray]:
-        """A figure with axes (N,) for the N panels, 6 in a row."""
-        figure, axes = new_figure(-(-len(panels) // 6), min(6, len(panels)), title)
-        for axis in axes.flat[len(panels) :]:
-            axis.remove()
-        return figure, axes.flat[: len(panels)]
-
-    def decode(k: Tensor | int, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters (N, P) and state changes (N, S) of actions k with the policy's z (N, d2)."""
-        states, z = torch.from_numpy(observation).expand(len(z), -1).to(agent.device), z.to(agent.device)
-        k = torch.as_tensor(k, device=agent.device).expand(len(z))
-        return vae.select_parameter_action(states, k, z).cpu(), vae.select_delta_state(states, k, z).cpu()
-
-    ranked = vae.latent_information.argsort(descending=True).tolist()
-    first, second = ranked[0], ranked[min(1, len(ranked) - 1)]
-    grid, z = torch.linspace(-1.0, 1.0, 41), torch.zeros(41 * 41, agent.latent_dim)
-    z[:, second], z[:, first] = grid.repeat_interleave(41), grid.repeat(41)
-    latent_map, axes = panel_figure("Latent action map: decoded parameter, other dimensions of z at 0")
-    for axis, (k, p), title in zip(axes, panels, titles, strict=True):
-        values = decode(k, z)[0][:, p].reshape(41, 41)
-        image = axis.imshow(values, cmap="coolwarm", origin="lower", extent=(-1, 1, -1, 1), vmin=-1, vmax=1)
-        axis.set(title=title, xlabel=f"z[{first}]", ylabel=f"z[{second}]")
-    latent_map.colorbar(image, ax=list(axes), label="parameter in [-1, 1]")
-
-    alternatives, axes = panel_figure("Parameters decoded from the prior and from around the policy's z")
-    own = agent.act(observation[None])[0][0, agent.embedding_dim :]
-    near = (own + 0.1 * torch.randn(500, agent.latent_dim, generator=generator)).clamp(-1.0, 1.0)
-    prior = vae.to_policy(torch.randn(500, agent.latent_dim, generator=generator).to(agent.device))
-    for axis, (k, p), title in zip(axes, panels, titles, strict=True):
-        for name, samples in (("prior", prior), ("policy's z + N(0, 0.1)", near)):
-            axis.hist(decode(k, samples)[0][:, p].numpy(), np.linspace(-1, 1, 41), alpha=0.6, label=name)
-        axis.set(title=title, xlabel="parameter in [-1, 1]", ylabel="samples of 500")
-    axes[0].legend(fontsize=8)
-
-    table, share = vae.discrete_embedding().cpu(), torch.linspace(0.0, 1.0, 101)[:, None]
-    ends = [torch.cat((table[k], torch.full((agent.latent_dim,), z))) for k, z in ((shown[0], -1.0), (shown[-1], 1.0))]
-    path = torch.lerp(*ends, share)
-    k = vae.select_discrete_action(path[:, : agent.embedding_dim].to(agent.device)).cpu()
-    parameters, change = decode(k, path[:, agent.embedding_dim :])
-    largest = np.argsort(-np.ptp(change.numpy(), axis=0))[:5].tolist()
-    title = f"On the way from {agent.names[shown[0]]}, z = -1 to {agent.names[shown[-1]]}, z = 1"
-    interpolation, axes = new_figure(1, 3, title)
-    axes[0, 0].plot(share, k, drawstyle="steps-mid")
-    axes[0, 0].set(ylabel="decoded discrete action", yticks=sorted(set(k.tolist())))
-    axes[0, 1].plot(share, parameters, label=[f"parameter {p}" for p in range(parameters.shape[1])])
-    axes[0, 1].set(ylabel="decoded parameters", ylim=(-1.05, 1.05))
-    axes[0, 2].plot(share, change[:, largest], label=[f"observation {i}" for i in largest])
-    axes[0, 2].set(ylabel="predicted state change (scaled)")
-    for axis in axes[0]:
-        axis.set(xlabel="share of the way")
-    for axis in axes[0, 1:]:
-        axis.legend(fontsize=8)
-    names = "latent_action_map", "latent_alternatives", "latent_interpolation"
-    return dict(zip(names, (latent_map, alternatives, interpolation), strict=True))
-
-
-def draw_embedding(history: list[Tensor], names: list[str]) -> Figure:
-    """The embedding tables (K, d1) of a run in two main directions: each action's path since the start."""
-    tables = torch.stack(history).cpu().double()
-    centered = tables - tables.mean((0, 1))
-    directions = torch.linalg.svd(centered.flatten(0, 1), full_matrices=False).Vh
-    paths = (centered @ directions[:2].T).numpy()  # (evaluations, K, 2)
-    figure, axes = new_figure(1, 1, "Embedding of the discrete actions")
-    figure.set_size_inches(7.0, 4.5)
-    for k in range(min(paths.shape[1], 64)):
-        x, y = paths[:, k, 0], paths[:, k, -1]
-        axes[0, 0].plot(x, y, color=f"C{k % 10}", linewidth=1)
-        axes[0, 0].scatter(x[-1:], y[-1:], color=f"C{k % 10}", s=30, label=f"{k}: {names[k]}")
-        axes[0, 0].annotate(str(k), (x[-1], y[-1]), textcoords="offset points", xytext=(5, 4))
-    figure.legend(loc="outside center right", fontsize=8, ncols=1 + min(paths.shape[1], 64) // 17)
-    axes[0, 0].set(xlabel="first main direction", ylabel="second main direction")
-    axes[0, 0].margins(0.25)
-    return figure
-
-
-def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
-    """Evaluation return, and success rate where there is one, over environment steps."""
-    success = not math.isnan(rows[-1]["success_rate"])
-    figure, axes = new_figure(1, 1 + success, title)
-    steps = [row["step"] for row in rows]
-    for axis, name in zip(axes[0], ("episodic_return", "success_rate"), strict=False):
-        axis.plot(steps, [row[name] for row in rows], marker=".", label="actor")
-        axis.plot(steps, [row[f"average_{name}"] for row in rows], marker=".", label="its moving average")
-        axis.legend(fontsize=8)
-        axis.set(xlabel="environment steps", ylabel=f"evaluation {name.replace('_', ' ')}")
-        axis.grid(alpha=0.3)
-    return figure
-
-
-# Main ----------------------------------------------------------------------------------------------------------------
-def resolve(args: Args, env: gym.Env) -> Args:
-    """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    if args.discrete_embedding == "one-hot":
-        size, chosen = HybridActionSpace(env.action_space).num_actions, args.discrete_latent_dim
-        if chosen not in (None, size):
-            raise ValueError(f"--discrete-latent-dim {chosen}: one-hot has {size} here, one an action; leave it out")
-        args.discrete_latent_dim = size
-    own = env.spec.id.split("-v")[0].rstrip("0123456789") if env.spec else ""
-    for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    at_least_one = {
-        "checkpoint_frequency", "eval_frequency", "eval_episodes", "total_timesteps", "buffer_size", "batch_size",
-        "policy_frequency", "exploration_noise_episodes", "random_episodes", "discrete_latent_dim",
-        "parameter_latent_dim", "vae_batch_size", "vae_update_episodes", "latent_range_samples",
-    }  # fmt: skip
-    for name, value in asdict(args).items():
-        least = 1 if name in at_least_one else 0
-        most = 2**63 - 1 if type(value) is int else math.inf
-        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
-            limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {limits} expected")
-    for name, limit in (("gamma", 1.0), ("tau", 1.0), ("policy_average", 1.0), ("latent_range_tail", 0.49)):
-        if getattr(args, name) > limit:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {limit} expected")
-    if args.total_timesteps - max(args.learning_starts, 1) + 1 < args.policy_frequency:
-        flags = f"--total-timesteps {args.total_timesteps} ends before the first update: --learning-starts"
-        flags += f" {args.learning_starts}, --policy-frequency {args.policy_frequency}"
-        raise ValueError(f"{flags}; raise the first or lower the others")
-    return args
-
-
-def check_rendering(env_id: str) -> None:
-    """Draw a picture now, not after hours of training. Raises ValueError with one line, if that is not possible."""
-    env = make_env(env_id, "rgb_array")
-    try:
-        env.reset(seed=0)
-        picture = env.render()
-    except Exception as error:
-        raise ValueError(f"{env_id} cannot be drawn: {type(error).__name__}: {error}; see --capture-video") from None
-    if env.render_mode != "rgb_array" or not isinstance(picture, np.ndarray):
-        raise ValueError(f"{env_id} draws no rgb_array (render_mode {env.render_mode}); leave out --capture-video")
-    env.close()
-
-
-def check_finite(run: Run, reward: float, observation: np.ndarray, step: int, args: Args, episode: int) -> None:
-    """End the run at a reward or observation that is not finite, before it reaches the buffer or a checkpoint."""
-    if not (math.isfinite(reward) and np.isfinite(observation).all()):
-        what = f"observation {observation}" if math.isfinite(reward) else f"reward {reward}"
-        seed = episode_seed(args.seed, args.random_episodes + episode)
-        run.fail(f"step {step}: {what} is not finite, in the episode with reset seed {seed}")
-
-
-def reset_episode(env: gym.Env, args: Args, episode: int, run: Run, step: int = 0) -> np.ndarray:
-    """The first observation of an episode of the learning phase; those of the random phase have smaller indices."""
-    observation = env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
-    check_finite(run, 0.0, observation, step, args, episode)
-    return observation
-
-
-def random_phase(agent: HyARTD3, env: gym.Env, args: Args, run: Run) -> ReplayBuffer:
-    """Play uniformly random actions and return a buffer of them, with room for the learning phase.
-
-    Sets the scale of unbounded observations. Steps of this phase are not counted as environment steps, as in the paper.
-    """
-    generator = np.random.default_rng(episode_seed(args.seed, 0, stream=2))
-    actions, transitions = agent.actions, []
-    for episode in range(-args.random_episodes, 0):
-        observation, done = reset_episode(env, args, episode, run), False
-        shown = f"random phase, episode {episode + args.random_episodes + 1:,} of {args.random_episodes:,}"
-        while not done:
-            run.progress(0, shown)
-            k = int(generator.integers(actions.num_actions))
-            x = generator.uniform(-1.0, 1.0, actions.parameter_dim).astype(np.float32) * actions.mask[k]
-            before = observation.copy()  # some environments write each observation into the same array
-            observation, reward, terminated, truncated, _ = env.step(actions.to_environment(k, x))
-            check_finite(run, float(reward), observation, 0, args, episode)
-            transitions.append((before, x, k, observation.copy(), reward, terminated))
-            done = terminated or truncated
-            if run.signal:
-                run.stop()
-    before, x, k, after, reward, terminated = (np.array(column) for column in zip(*transitions, strict=True))
-    agent.fit_observation_scale(before)
-    buffer = ReplayBuffer(len(transitions) + args.total_timesteps, *agent.row_sizes())
-    buffer.size = buffer.random_size = len(transitions)
-    values = agent.scale_observation(before), 0.0, x, k, agent.scale_observation(after), reward, terminated
-    for column, value in zip(buffer.fields, values, strict=True):
-        column[: buffer.size] = value if np.ndim(value) != 1 else value[:, None]
-    return buffer
-
-
-def save_model(agent: HyARTD3, args: Args, path: Path) -> None:
-    """Write the weights alone (and the arguments, from which `HyARTD3` can be built again)."""
-    state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
-    scale = {"center": torch.from_numpy(agent.center), "scale": torch.from_numpy(agent.scale)}
-    content = {**state, **scale, "arguments": json.dumps(asdict(args))}
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def main(args: Args) -> Path:
-    """Train one agent and return its run folder."""
-    try:
-        env = make_env(args.env_id)
-        args = resolve(args, env)
-        if args.capture_video:
-            check_rendering(args.env_id)
-        evaluation_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-    except ValueError as error:
-        usage_error(str(error))
-    run = Run(args)
-    chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
-    print(f"{run.name}: " + ", ".join(f"{name} {value:,}" for name, value in chosen.items()))
-    torch.manual_seed(args.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_num_threads(1)  # these products are too small for two threads
-    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    agent = HyARTD3(args, env, device)
-    recent: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
-
-    def evaluate_policies() -> bool:
-        """Evaluate the actor and its average at this step, and keep the best model; False if a signal came first."""
-        try:
-            actor = evaluate(agent, evaluation_envs, args.seed, stopped=lambda: run.signal)
-            averaged = actor and evaluate(agent, evaluation_envs, args.seed, True, lambda: run.signal)
-        except ValueError as error:
-            run.fail(f"step {step}: {error}")
-        if not averaged:
-            return False
-        run.log_evaluation(step, {
-            **actor, **{f"average_{name}": averaged[name] for name in ("episodic_return", "success_rate")}
-        })  # fmt: skip
-        if args.discrete_embedding == "learned":
-            embedding_history.append(agent.vae.discrete_embedding().detach().cpu().clone())
-        if averaged["episodic_return"] >= max(row["average_episodic_return"] for row in run.eval_rows):
-            save_model(agent, args, run.folder / "best_model.pt")
-        return True
-
-    if run.checkpoint is None:
-        buffer = random_phase(agent, env, args, run)
-        losses = {}
-        for update in range(1, args.vae_pretrain_steps + 1):
-            losses = agent.update_vae(buffer.sample(0, args.vae_batch_size, device))
-            if run.signal:
-                run.stop()
-            if update % 1_000 == 0:
-                run.progress(0, f"VAE pre-training, update {update:,}, loss {losses['vae']:.4f}")
-        run.log(0, {f"losses/{name}": value for name, value in losses.items()})
-        agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
-        step = episode = updates_due = evaluation_due = 0
-        episode_return, episode_actions = 0.0, []
-        embedding_history = [agent.initial_embedding.cpu(), agent.vae.discrete_embedding().detach().cpu().clone()]
-        observation = reset_episode(env, args, episode, run, step)
-    else:
-        state = run.checkpoint
-        with run.restoring():
-            step, episode = state["step"], state["episode"]
-            updates_due, evaluation_due = state["updates_due"], state["evaluation_due"]
-            episode_return, episode_actions = state["episode_return"], state["episode_actions"]
-            embedding_history = state["embedding_history"]
-            recent.extend(state["recent"])
-            if missing := agent.state_dict().keys() - state["agent"].keys():
-                raise LookupError(f"without {missing}")
-            agent.load_state_dict(state["agent"])
-            buffer = ReplayBuffer(args.total_timesteps + state["random_size"], *agent.row_sizes())
-            buffer.size, buffer.random_size = len(state["rows"]), state["random_size"]
-            buffer.rows[: buffer.size] = state["rows"]
-            saved_observation = state["observation"].numpy()
-        observation = reset_episode(env, args, episode, run, step)
-        for k, *x in episode_actions:  # replay the interrupted episode up to here
-            action = agent.actions.to_environment(int(k), np.array(x, np.float32))
-            observation, _, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
-                observation = None  # it had not ended
-                break
-        if not np.array_equal(observation, saved_observation):
-            print(f"warning: episode {episode} does not replay to the saved observation; going on with the next one")
-            episode, episode_return, episode_actions = episode + 1, 0.0, []
-            observation = reset_episode(env, args, episode, run, step)
-        run.restore_random_state()
-        if evaluation_due and not evaluate_policies():
-            run.stop()  # it is still due in the checkpoint
-
-    run.steps_per_second(step)  # counts from here
-    scaled, losses = agent.scale_observation(observation), {}
-    mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
-    for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
-        decay = min(1.0, episode / args.exploration_noise_episodes)
-        noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
-        latent_action, k, x = (value[0].numpy() for value in agent.act(scaled[None], noise))
-        if not np.isfinite(x).all():  # diverged: name the loss, if it shows there already
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.fail(f"step {step}: the policy's parameters are {x}; try a smaller learning rate")
-        observation, reward, terminated, truncated, _ = env.step(agent.actions.to_environment(int(k), x))
-        check_finite(run, float(reward), observation, step, args, episode)
-        previous, scaled = scaled, agent.scale_observation(observation)
-        ended = terminated or (truncated and not args.bootstrap_at_limit)
-        buffer.add(previous, latent_action, x, k, scaled, reward, ended)
-        episode_actions.append([float(k), *x.tolist()])
-        episode_return += float(reward)
-
-        if step >= args.learning_starts:
-            # One critic update a step; as in the original, one more at the first step of each episode.
-            updates_due += 2 if len(episode_actions) == 1 else 1
-            while updates_due >= args.policy_frequency:
-                oldest = max(buffer.random_size, buffer.size - args.buffer_size)
-                losses |= agent.update(buffer.sample(oldest, args.policy_frequency * args.batch_size, device))
-                updates_due -= args.policy_frequency
-
-        if terminated or truncated:
-            recent.append((episode_return, len(episode_actions)))
-            mean_return, mean_length = np.mean(recent, 0)
-            episode += 1
-            if episode >= args.vae_update_start and episode % args.vae_update_episodes == 0:
-                batch = buffer.sample(0, args.vae_batch_size, device)
-                losses |= agent.update_vae(batch, step / args.total_timesteps)
-                agent.update_latent_range(buffer.sample(0, args.latent_range_samples, device))
-            episode_return, episode_actions = 0.0, []
-            observation = reset_episode(env, args, episode, run, step)
-            scaled = agent.scale_observation(observation)
-
-        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
-        run.progress(step, f"return {mean_return:.3f}")
-        if step % 1_000 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
-            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()} | agent.statistics())
-            run.log(step, {
-                "charts/episodic_return": mean_return, "charts/episodic_length": mean_length,
-                "charts/episodes": episode, "charts/SPS": run.steps_per_second(step),
-                "charts/exploration_noise": noise,
-            })  # fmt: skip
-        evaluation_due = (evaluating or last) and not evaluate_policies()
-        if step % args.checkpoint_frequency == 0 or last or run.signal:
-            run.save_checkpoint(step, {
-                "agent": agent.state_dict(), "random_size": buffer.random_size,
-                "rows": buffer.rows[: buffer.size].clone(),  # a view would bring the whole buffer along
-                "episode": episode, "episode_actions": episode_actions, "episode_return": episode_return,
-                "observation": torch.from_numpy(observation.copy()), "updates_due": updates_due,
-                "evaluation_due": evaluation_due, "recent": list(recent), "embedding_history": embedding_history,
-            })  # fmt: skip
-            if run.signal and (evaluation_due or not last):
-                run.stop()
-
-    save_model(agent, args, run.folder / "model.pt")
-    start = agent.scale_observation(evaluation_envs[0].reset(seed=episode_seed(args.seed, 0, stream=1))[0])
-    figures = draw_latent_actions(agent, start)
-    figures["embedding"] = draw_embedding(embedding_history, agent.names)
-    figures["learning_curve"] = draw_learning_curve(run.eval_rows, run.name)
-    for name, figure in figures.items():
-        run.log_figure(args.total_timesteps, name, figure)
-    if args.capture_video:
-        paths = record_videos(agent, args, run.folder, step, lambda: run.signal)
-        if run.signal:
-            run.stop()
-        run.log_videos(step, paths)
-    run.save_checkpoint(args.total_timesteps, {"agent": agent.state_dict()}, finished=True)
-    run.close()
-    score, averaged = np.mean(
-        [[row["episodic_return"], row["average_episodic_return"]] for row in run.eval_rows[-10:]], 0
-    )
-    print(f"mean return of the last 10 evaluations: {score:.3f}, averaged policy {averaged:.3f}; see {run.folder}")
-    return run.folder
+# --- end of the same text ---
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:  # before there was a run to save
+        raise SystemExit(130) from None
