@@ -636,11 +636,8 @@ def test_what_is_harmless_is_converted(tmp_path):
 def test_a_module_beside_the_user_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    source = (
-        "import gymnasium\nimport test_sac_ae_pixels as t\ngymnasium.register('Beside-v0', lambda **k: t.ToyEnv(**k))"
-    )
-    (tmp_path / "beside_the_user.py").write_text(source)
-    monkeypatch.setitem(sys.modules, "test_sac_ae_pixels", sys.modules[__name__])
+    monkeypatch.setattr(sys, "toy", ToyEnv, raising=False)
+    (tmp_path / "beside_the_user.py").write_text("import gymnasium, sys\ngymnasium.register('Beside-v0', sys.toy)\n")
     try:
         assert make_env(resolve(tiny(tmp_path, env_id="beside_the_user:Beside-v0"))).size == (16, 16)
     finally:
