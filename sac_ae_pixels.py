@@ -789,7 +789,10 @@ def main(args: Args) -> Path:
             run.progress(step, f"return {mean_return:.3f}")
 
         run.save_model("model.pt", model_state(agent))
-        run.finish(step, {"agent": agent.state_dict()}, *extras(run, args, agent, buffer, env, step))
+        final = {"agent": agent.state_dict()}
+        if args.save_replay:
+            final["buffer"] = buffer.state_dict()  # with frames.bin, all that replay.npz is made of
+        run.finish(step, final, *extras(run, args, agent, buffer, env, step))
         buffer.close(keep=args.save_replay and not (run.folder / "replay.npz").exists())
         score = run.eval_rows[-1]
         about = f"last evaluation: return {score['episodic_return']:.1f} ± {score['return_std']:.1f}"
@@ -836,7 +839,7 @@ def check_disk(args: Args, size: tuple[int, int]) -> str:
     if args.save_replay:
         about += ", and as much for replay.npz"
     with contextlib.suppress(OSError):  # what is wrong with the folder, `Run` says
-        begun = args.resume and (folder / re.sub(r"[/\\:]", "-", str(args.run_name)) / "frames.bin").exists()
+        begun = args.resume and (folder / re.sub(r"[/\\:]", "-", str(args.run_name))).exists()
         folder = next(path for path in (folder, *folder.parents) if path.exists())
         free = 1e-9 * shutil.disk_usage(folder).free
         needed = 1.01 * gigabytes * (1 + args.save_replay)  # an episode has one frame more than steps
