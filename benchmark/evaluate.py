@@ -13,7 +13,7 @@ behaviour, which its policy is to improve on.
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +64,9 @@ def load_agent(path: Path) -> Agent:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings = json.loads(content.pop("arguments"))
         of_plas, of_sac_ae = "encoder_signal" in settings, "action_dim" in content
+        if of_sac_ae:
+            known = {field.name for field in fields(sac_ae_pixels.Args)}
+            settings = {name: value for name, value in settings.items() if name in known}  # older models have more
         args = (plas_pixels if of_plas else sac_ae_pixels if of_sac_ae else hyar_td3).Args(**settings)
     except Exception as error:  # a damaged file raises nearly anything
         usage_error(f"{path} is not a model of hyar_td3, sac_ae_pixels or plas_pixels ({type(error).__name__})")
@@ -76,7 +79,8 @@ def load_agent(path: Path) -> Agent:
             agent = plas_pixels.PLAS(args, env, torch.device("cpu"))
             agent.load_state_dict(content)
         elif of_sac_ae:
-            agent = sac_ae_pixels.SACAE(args, content["action_dim"], torch.device("cpu"))
+            size = tuple(content.get("size", (args.image_size, args.image_size)))
+            agent = sac_ae_pixels.SACAE(args, size, content["action_dim"], torch.device("cpu"))
             for name in ("actor", "critic"):
                 getattr(agent, name).load_state_dict(content[name])
         else:
@@ -111,7 +115,7 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
         usage_error(str(error))
     if args.still:
         agent.act = lambda observation: np.zeros((len(observation), agent.action_dim), np.float32)
-    result, _ = sac_ae_pixels.evaluate(agent, env, replace(agent.args, seed=seed, eval_episodes=args.episodes))
+    result = sac_ae_pixels.evaluate(agent, [env] * args.episodes, seed)
     return result, "actions of 0" if args.still else "the policy's mean"
 
 

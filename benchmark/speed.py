@@ -411,7 +411,7 @@ class PlainSACAE:
             copy.deepcopy(network).to(memory_format=torch.contiguous_format)
             for network in (agent.actor, agent.critic, agent.target_critic, agent.decoder)
         )
-        self.actor.encoder.copy_conv_weights_from(self.critic.encoder)
+        self.actor.encoder.convs = self.critic.encoder.convs
         for network in (self.actor, self.critic, self.target_critic, self.decoder):
             for name in ("encoder", ""):
                 module = getattr(network, name, None) if name else network
@@ -431,8 +431,8 @@ class PlainSACAE:
 
     def flatten_filters_first(self, module: nn.Module, decoder: bool) -> None:
         """Reorder a linear layer for features (filter, row, column), which contiguous images have without a copy."""
-        filters, size = self.decoder.shape
-        order = torch.arange(filters * size * size).view(size, size, filters).permute(2, 0, 1).flatten()
+        filters, height, width = self.decoder.shape
+        order = torch.arange(filters * height * width).view(height, width, filters).permute(2, 0, 1).flatten()
         with torch.no_grad():
             weight = module.fc.weight
             module.fc.weight = nn.Parameter(weight[order] if decoder else weight[:, order], weight.requires_grad)
@@ -488,8 +488,7 @@ class PlainSACAE:
 
         image = torch.floor(batch.observation.contiguous().float() / 8.0) / 32.0 + dither / 32.0 - 0.5
         latent, decoder = self.latent(self.critic.encoder, pixels), self.decoder
-        filters, size = decoder.shape
-        hidden = F.relu(decoder.fc(latent)).view(-1, filters, size, size)
+        hidden = F.relu(decoder.fc(latent)).view(-1, *decoder.shape)
         for deconv in decoder.deconvs[:-1]:
             hidden = F.relu(nn.ConvTranspose2d.forward(deconv, hidden))
         loss = F.mse_loss(nn.ConvTranspose2d.forward(decoder.deconvs[-1], hidden), image)
@@ -526,12 +525,22 @@ def operations_per_pixel_update(agent: sac_ae_pixels.SACAE) -> float:
     return 2.0 * args.batch_size * (critic + autoencoder + actor / 2)
 
 
+def slow_environment(args: sac_ae_pixels.Args) -> sac_ae_pixels.PixelEnv:
+    """The environment with the task's own shadow map, drawn without a camera that is kept."""
+    camera, sac_ae_pixels.fast_camera = sac_ae_pixels.fast_camera, lambda *_: None
+    try:
+        return sac_ae_pixels.make_env(args)
+    finally:
+        sac_ae_pixels.fast_camera = camera
+
+
 def pixel_environment_speed(env_id: str, args: Args) -> dict[str, float]:
-    """CPU-seconds of one agent step (simulation, picture, scaling), as it is by default and in original quality."""
+    """CPU-seconds of one agent step (simulation, picture, scaling), as it is and as the task draws itself."""
     works = {}
+    own = sac_ae_pixels.Args(env_id=env_id)
+    sac_ae_pixels.check(own)
     for quality in ("fast", "original"):
-        own = sac_ae_pixels.resolve(sac_ae_pixels.Args(env_id=env_id, render_quality=quality))
-        env = sac_ae_pixels.make_env(own)
+        env = sac_ae_pixels.make_env(own) if quality == "fast" else slow_environment(own)
         generator = np.random.default_rng(0)
         actions = generator.uniform(-1.0, 1.0, (args.pixel_steps, env.action_dim)).astype(np.float32)
 
@@ -558,15 +567,17 @@ def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
         )
 
     options = {"env_id": "cheetah-run", "batch_size": args.pixel_batch_size, "image_size": args.image_size}
-    fast, bf16 = (
-        sac_ae_pixels.SACAE(sac_ae_pixels.resolve(sac_ae_pixels.Args(**options, bf16=half)), 6, torch.device("cpu"))
-        for half in (False, True)
-    )
+    size, agents = (args.image_size, args.image_size), []
+    for half in (False, True):
+        own = sac_ae_pixels.Args(**options, bf16=half)
+        sac_ae_pixels.check(own)
+        agents.append(sac_ae_pixels.SACAE(own, size, 6, torch.device("cpu")))
+    fast, bf16 = agents
     plain = PlainSACAE(fast)
     with tempfile.TemporaryDirectory() as folder:
-        buffer = sac_ae_pixels.ReplayBuffer(Path(folder) / "frames.bin", 500, 0, args.image_size, 3, 6)
+        buffer = sac_ae_pixels.ReplayBuffer(Path(folder) / "frames.bin", 500, 500, size, 3, 6)
         generator = np.random.default_rng(0)
-        frames = generator.integers(0, 256, (501, 3, args.image_size, args.image_size), np.uint8)
+        frames = generator.integers(0, 256, (501, 3, *size), np.uint8)
         buffer.start_episode(frames[0])
         for frame in frames[1:]:
             buffer.add(generator.uniform(-1.0, 1.0, 6).astype(np.float32), 1.0, False, frame)
@@ -590,7 +601,7 @@ def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
             left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
             works[name] = repeat(lambda left=left, right=right: left @ right, 10)
         seconds = medians(args.rounds, works)
-        buffer.close()
+        buffer.close(keep=False)
     operations = operations_per_pixel_update(fast)
     rates = {name: 10 * 2.0 * 1024**3 / seconds[name] for name in ("product", "product_bf16")}
     updates: dict[str, Any] = {}

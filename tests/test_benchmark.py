@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium as gym
@@ -523,14 +524,17 @@ def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
 def test_evaluate_plays_from_pixels_and_stands_still(tmp_path, monkeypatch, capsys):
     import sac_ae_pixels
 
-    args = sac_ae_pixels.resolve(sac_ae_pixels.Args(
+    args = sac_ae_pixels.Args(
         env_id="Pendulum-v1", image_size=16, num_layers=1, num_filters=2, hidden_dim=8, action_repeat=20, seed=3,
-    ))  # fmt: skip
+    )  # fmt: skip
+    sac_ae_pixels.check(args)
     torch.manual_seed(0)
-    agent = sac_ae_pixels.SACAE(args, 1, torch.device("cpu"))
-    sac_ae_pixels.save_model(agent, args, tmp_path / "model.pt")
+    agent = sac_ae_pixels.SACAE(args, (16, 16), 1, torch.device("cpu"))
+    content = {**sac_ae_pixels.model_state(agent), "arguments": json.dumps(asdict(args))}
+    torch.save(content, tmp_path / "model.pt")
     env, given, step = sac_ae_pixels.make_env(args), [], sac_ae_pixels.PixelEnv.step
-    own, _ = sac_ae_pixels.evaluate(agent, env, sac_ae_pixels.replace(args, eval_episodes=2))
+    own = sac_ae_pixels.evaluate(agent, [env] * 2, 3)
+    monkeypatch.setattr(sac_ae_pixels, "probe", lambda env: None)
     monkeypatch.setattr(sac_ae_pixels.PixelEnv, "step", lambda self, a: (given.append(float(a[0])), step(self, a))[1])
     printed = []
     for changes in ({"own_episodes": True}, {}, {"own_episodes": True, "still": True}):
