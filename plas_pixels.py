@@ -762,84 +762,6 @@ def evaluate(agent: PLAS, environments: list[gym.Env], seed: int, first: int = 0
     return result
 
 
-def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
-    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
-
-    With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
-    """
-    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
-        noise = agent.draw_noise(len(batch.reward))
-    target = agent.critic_target(batch, noise)
-    losses = {
-        "critic": (agent.encoder, lambda feature: agent.critic_loss(feature, batch, target)),
-        "vae": (agent.vae_encoder, lambda feature: agent.vae_loss(feature, batch, noise["vae"])[0]),
-    }
-    if agent.picture_decoder is not None:
-        losses["reconstruction"] = agent.encoder, lambda feature: agent.picture_loss(feature, batch)
-    gradients, result = [], {}
-    for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
-        with agent.autocast():
-            value = loss(encoder(batch.observation))
-        parts = torch.autograd.grad(value, list(encoder.parameters()))
-        gradients.append(torch.cat([part.flatten() for part in parts]))
-        result[f"encoder_gradient_{name}"] = float(gradients[-1].norm())
-    if agent.vae_encoder is agent.encoder:
-        result["encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients[:2], 0))
-    return result
-
-
-@torch.no_grad()
-def prior_action_error(agent: PLAS, batch: Batch) -> float:
-    """Mean squared error of the action decoded from z = 0: whether the state alone tells the data's action."""
-    with agent.autocast():
-        feature = agent.vae_encoder(batch.observation)
-        action = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
-    return float(F.mse_loss(action, batch.action))
-
-
-@torch.no_grad()
-def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
-    """R2 of the true state (N, S) by ridge regression on the features: fitted on one half, scored on the other.
-
-    The mean over the dimensions of the state that vary (nan, if none does); `pictures` are (N, C, H, W) uint8.
-    """
-    with agent.autocast():
-        parts = torch.from_numpy(pictures).to(agent.device).split(256)
-        features = torch.cat([agent.encoder(part) for part in parts]).cpu().numpy().astype(np.float64)
-    features = np.concatenate((features, np.ones((len(features), 1))), 1)
-    half, states = len(features) // 2, states[:, states.std(0) > 1e-6]
-    if not states.size:
-        return math.nan
-    fit, x, y = features[:half], features[half:], states[half:]
-    weights = np.linalg.solve(fit.T @ fit + 1e-3 * np.eye(fit.shape[1]), fit.T @ states[:half])
-    error = np.square(x @ weights - y).mean(0) / y.var(0)
-    return float(1.0 - error.mean())
-
-
-def reference_levels(env: PixelEnv, dataset: Dataset, episodes: int, seed: int) -> dict[str, float]:
-    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert."""
-    levels = {"behaviour": float(dataset.returns.mean())}
-    policies: dict[str, Callable[[np.ndarray], np.ndarray]] = {"random": uniform(env, np.random.default_rng(seed))}
-    if hasattr(env.unwrapped, "expert_action"):
-        policies["expert"] = lambda _: env.unwrapped.expert_action()  # in [-1, 1], whatever the bounds
-    for name, act in policies.items():
-        played = (play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes))
-        levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played]))
-    return levels
-
-
-def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
-    """Write mp4 videos of the first three evaluation episodes and return their paths."""
-    recorder = gym.wrappers.RecordVideo(
-        make_env(args, video=True), str(folder), episode_trigger=lambda _: True, name_prefix="evaluation",
-        disable_logger=True,
-    )  # fmt: skip
-    for i in range(3):
-        evaluate(agent, [recorder], args.seed, first=i)
-    recorder.close()
-    return sorted(folder.glob("evaluation-*.mp4"))
-
-
 # Main ----------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> Path:
     """Train one agent and return its run folder."""
@@ -858,32 +780,28 @@ def main(args: Args) -> Path:
         agent, dataset = PLAS(args, env, device), dataset.to(device)
         count = min(2_000, len(dataset.rows))
         fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, count, device=device).long())
-        step, levels, seen = 0, {}, {}
+        step, seen = 0, {}
+        run.say(f"{run.name}: " + ", ".join(f"{name} {getattr(args, name)}" for name in DEFAULTS_BY_ENVIRONMENT[""]))
+        run.unless_stopped(lambda: seen.update(play_at_random(env, args)))
+        if not run.checkpoint:
+            run.unless_stopped(lambda: seen.update(levels=reference_levels(env, dataset, args)))
+        if run.signal:
+            run.stop()  # nothing has been learnt
         if run.checkpoint:
             with run.restoring():
                 if run.checkpoint["dataset"] != digest:
                     usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
-                step, levels = run.checkpoint["step"], run.checkpoint["levels"]
+                step, seen["levels"] = run.checkpoint["step"], run.checkpoint["levels"]
                 agent.load_state_dict(run.checkpoint["agent"])
                 for name, optimizer in agent.optimizers.items():
                     optimizer.load_state_dict(run.checkpoint[f"{name}_optimizer"])
-
-        def play_at_random() -> None:
-            """Play for the probe, in short episodes: more kinds of states than a policy visits; and for the levels."""
-            wide = collect(env, 2_000, args.seed + 1, longest=10)
-            stacks = Dataset(wide, args.frame_stack)
-            pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
-            seen.update(pictures=pictures, states=wide["state"][stacks.rows - 1])
-            if not levels:
-                levels.update(reference_levels(env, dataset, min(args.eval_episodes, 20), args.seed))
+        levels = ", ".join(f"{name} {value:.2f}" for name, value in seen["levels"].items())
+        size = f"{len(dataset.rows):,} transitions of {len(dataset.starts):,} episodes"
+        run.say(f"{run.name}: {size}; mean returns: {levels}")
 
         def evaluate_agent() -> None:
             """Evaluate at this step, keep the best model, log it."""
-            metrics = evaluate(agent, environments, args.seed)
-            metrics["prior_action_error"] = prior_action_error(agent, fixed)
-            metrics["probe_r2"] = probe(agent, **seen)
-            metrics |= gradient_statistics(agent, fixed)
-            metrics |= {f"{name}_return": value for name, value in levels.items()}
+            metrics = evaluate(agent, environments, args.seed) | measure(agent, fixed, **seen)
             if all(metrics["episodic_return"] >= row["episodic_return"] for row in run.eval_rows):
                 run.save_model("best_model.pt", {"agent": agent.state_dict()})
             run.log_evaluation(step, metrics)
@@ -891,20 +809,11 @@ def main(args: Args) -> Path:
         def state() -> dict[str, Any]:
             """What a resumed run needs."""
             optimizers = {f"{name}_optimizer": part.state_dict() for name, part in agent.optimizers.items()}
-            return {"agent": agent.state_dict(), **optimizers, "dataset": digest, "levels": levels}
-
-        chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
-        run.say(f"{run.name}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-        run.unless_stopped(play_at_random)
-        if run.signal:
-            run.stop()  # nothing has been learnt since the checkpoint, if there is one
-        told = ", ".join(f"{name} {value:.2f}" for name, value in levels.items())
-        size = f"{len(dataset.rows):,} transitions of {len(dataset.starts):,} episodes"
-        run.say(f"{run.name}: {size}; mean returns: {told}")
-        warning = "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
-        run.writer.add_text("losses/td", warning)
+            return {"agent": agent.state_dict(), **optimizers, "dataset": digest, "levels": seen["levels"]}
 
         losses: dict[str, Tensor] = {}
+        warning = "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
+        run.writer.add_text("losses/td", warning)
         while True:
             last = step == args.total_timesteps
             if step and (last or step % args.eval_frequency == 0) and not run.evaluated(step):
@@ -929,7 +838,7 @@ def main(args: Args) -> Path:
 
         def draw() -> None:
             """The curves, and what the decoder makes of pictures."""
-            run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, levels, run.name))
+            run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, seen["levels"], run.name))
             if agent.picture_decoder is not None:
                 run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
 
@@ -991,6 +900,87 @@ def check_pictures(args: Args, env: PixelEnv) -> None:
     Encoder(1, env.size, args.num_layers, 1, 1)
     if args.random_shift >= min(env.size):
         raise ValueError(f"--random-shift {args.random_shift}: less than the pictures' {min(env.size)} expected")
+
+
+# Measures of the study -----------------------------------------------------------------------------------------------
+def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
+    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
+
+    With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
+    """
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        noise = agent.draw_noise(len(batch.reward))
+    target = agent.critic_target(batch, noise)
+    losses = {
+        "critic": (agent.encoder, lambda feature: agent.critic_loss(feature, batch, target)),
+        "vae": (agent.vae_encoder, lambda feature: agent.vae_loss(feature, batch, noise["vae"])[0]),
+    }
+    if agent.picture_decoder is not None:
+        losses["reconstruction"] = agent.encoder, lambda feature: agent.picture_loss(feature, batch)
+    gradients, result = [], {}
+    for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
+        with agent.autocast():
+            value = loss(encoder(batch.observation))
+        parts = torch.autograd.grad(value, list(encoder.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+        result[f"encoder_gradient_{name}"] = float(gradients[-1].norm())
+    if agent.vae_encoder is agent.encoder:
+        result["encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients[:2], 0))
+    return result
+
+
+@torch.no_grad()
+def prior_action_error(agent: PLAS, batch: Batch) -> float:
+    """Mean squared error of the action decoded from z = 0: whether the state alone tells the data's action."""
+    with agent.autocast():
+        feature = agent.vae_encoder(batch.observation)
+        action = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
+    return float(F.mse_loss(action, batch.action))
+
+
+@torch.no_grad()
+def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
+    """R2 of the true state (N, S) by ridge regression on the features: fitted on one half, scored on the other.
+
+    The mean over the dimensions of the state that vary (nan, if none does); `pictures` are (N, C, H, W) uint8.
+    """
+    with agent.autocast():
+        parts = torch.from_numpy(pictures).to(agent.device).split(256)
+        features = torch.cat([agent.encoder(part) for part in parts]).cpu().numpy().astype(np.float64)
+    features = np.concatenate((features, np.ones((len(features), 1))), 1)
+    half, states = len(features) // 2, states[:, states.std(0) > 1e-6]
+    if not states.size:
+        return math.nan
+    fit, x, y = features[:half], features[half:], states[half:]
+    weights = np.linalg.solve(fit.T @ fit + 1e-3 * np.eye(fit.shape[1]), fit.T @ states[:half])
+    error = np.square(x @ weights - y).mean(0) / y.var(0)
+    return float(1.0 - error.mean())
+
+
+def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, float]:
+    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert."""
+    levels = {"behaviour": float(dataset.returns.mean())}
+    policies: dict[str, Callable] = {"random": uniform(env, np.random.default_rng(args.seed))}
+    if hasattr(env.unwrapped, "expert_action"):
+        policies["expert"] = lambda _: env.unwrapped.expert_action()  # in [-1, 1], whatever the bounds
+    for name, act in policies.items():
+        seeds = (episode_seed(args.seed, i, stream=1) for i in range(min(args.eval_episodes, 20)))
+        levels[name] = float(np.mean([sum(row[2] for row in play(env, act, seed)) for seed in seeds]))
+    return levels
+
+
+def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
+    """What the probe reads, `pictures` and `states`, of short episodes: more kinds of states than a policy visits."""
+    wide = collect(env, 2_000, args.seed + 1, longest=10)
+    stacks = Dataset(wide, args.frame_stack)
+    pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
+    return {"pictures": pictures, "states": wide["state"][stacks.rows - 1]}
+
+
+def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
+    """What the study looks at beside returns and values, on a fixed batch and on `play_at_random`'s."""
+    metrics = {"prior_action_error": prior_action_error(agent, fixed), "probe_r2": probe(agent, pictures, states)}
+    return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
 
 
 # Data: read, and played at random ------------------------------------------------------------------------------------
@@ -1250,6 +1240,18 @@ def draw_reconstruction(agent: PLAS, batch: Batch) -> Figure:
     axis.imshow(pair.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy())  # (2 H, N W, 3)
     axis.set(title="Observation (above) and reconstruction", xticks=[], yticks=[])
     return figure
+
+
+def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
+    """Write mp4 videos of the first three evaluation episodes and return their paths."""
+    recorder = gym.wrappers.RecordVideo(
+        make_env(args, video=True), str(folder), episode_trigger=lambda _: True, name_prefix="evaluation",
+        disable_logger=True,
+    )  # fmt: skip
+    for i in range(3):
+        evaluate(agent, [recorder], args.seed, first=i)
+    recorder.close()
+    return sorted(folder.glob("evaluation-*.mp4"))
 
 
 # --- same text in both pixel scripts: memory (home: sac_ae_pixels.py; see make sync) ---
