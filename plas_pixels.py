@@ -204,25 +204,8 @@ class Door(gym.Wrapper):
 # --- end of the same text ---
 
 
-# --- same text in both pixel scripts: the environment as an agent with a camera sees it (home: sac_ae_pixels.py) ---
-INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+# --- same text in both pixel scripts: the environment as a camera sees it (home: sac_ae_pixels.py; see make sync) ---
 UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
-
-
-def choose_opengl() -> str | None:
-    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
-
-    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
-    """
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
-    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
-    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
-    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
-        if "MUJOCO_GL" not in os.environ:
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(library)
-                os.environ["MUJOCO_GL"] = name
-    return os.environ.get("MUJOCO_GL")
 
 
 class PixelEnv(gym.Wrapper):
@@ -250,15 +233,10 @@ class PixelEnv(gym.Wrapper):
         self.drawn = not (isinstance(seen, gym.spaces.Box) and seen.dtype == np.uint8 and seen.shape[2:] == (3,))
         self.size = (args.image_size, args.image_size) if self.drawn else seen.shape[:2]
         self.observation_space = gym.spaces.Box(0, 255, (3 * args.frame_stack, *self.size), np.uint8)
-        # A dm_control task behind shimmy is drawn through dm_control itself: a camera that is kept is faster.
-        self.through_dm_control = type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
-        observed = seen.spaces.values() if self.through_dm_control else ()
-        self.has_cameras = any(len(space.shape) == 3 for space in observed)  # of the task's own, drawn at each step
-        self.camera, self.video_size = (None, None), None
-        per_second = env.metadata.get("render_fps") or 30
-        if self.through_dm_control:
-            per_second = 1.0 / env.unwrapped.control_timestep()
-        self.metadata = {**env.metadata, "render_fps": max(1, round(per_second / args.action_repeat))}
+        self.draw = fast_camera(env, args) or self.env.render
+        self.video_size: tuple[int, int] | None = None
+        frames_per_second = env.metadata.get("render_fps") or 30
+        self.metadata = {**env.metadata, "render_fps": max(1, round(frames_per_second / args.action_repeat))}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -284,48 +262,14 @@ class PixelEnv(gym.Wrapper):
 
     def frame(self, state: Any) -> np.ndarray:
         """What is seen now: (3, H, W) uint8. Raises RunError if that is no picture."""
-        if not self.drawn:
-            image = state
-        elif self.through_dm_control:
-            image = self.dm_control_image()
-        else:
-            image = self.env.render()
-        return self.resized(image, self.size).transpose(2, 0, 1)
-
-    def resized(self, image: Any, size: tuple[int, int]) -> np.ndarray:
-        """A copy of a picture in this size (height, width). Raises RunError if it is none."""
-        found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise RunError(f"expected a picture (height, width, 3) uint8, got {found}")
-        return np.asarray(PIL.Image.fromarray(image).resize(size[::-1], PIL.Image.Resampling.BILINEAR))
-
-    def dm_control_image(self) -> np.ndarray:
-        """A dm_control task's picture (S, S, 3), valid until the next.
-
-        Where OpenGL is software, most of the time goes into the shadow map and into an off-screen buffer that is larger
-        than the picture. Both can be changed until the first picture is drawn; the buffer's size changes no pixel.
-        """
-        physics, size = self.unwrapped.physics, self.args.image_size
-        if self.camera[0] is not physics:
-            from dm_control.mujoco.engine import Camera
-
-            visual, width = physics.model.vis, self.unwrapped.render_kwargs.get("width", size)
-            buffer = visual.global_
-            if not self.has_cameras:
-                visual.quality.shadowsize = min(512, visual.quality.shadowsize)
-                buffer.offwidth = buffer.offheight = width
-            buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, width)
-            self.camera = physics, Camera(physics, size, size, self.args.camera)
-        return self.camera[1].render()
+        return as_picture(self.draw() if self.drawn else state, self.size).transpose(2, 0, 1)
 
     def render(self) -> np.ndarray:
         """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged; of one size."""
         picture = self.observation[-3:].transpose(1, 2, 0)
         if self.env.render_mode == "rgb_array":
             with contextlib.suppress(Exception):  # it observes pictures, and cannot draw others
-                image = self.env.render()
-                picture = self.resized(image, image.shape[:2])
+                picture = as_picture(self.env.render())
         if self.video_size is None:
             times = math.ceil(256 / min(picture.shape[:2]))
             self.video_size = picture.shape[0] * times, picture.shape[1] * times
@@ -338,42 +282,9 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
 
     With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
     """
-    opengl, env_id, size, options = choose_opengl(), args.env_id, args.image_size, {}
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # mine.py lies beside the user of --env mine:Name-v0
-    task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
-    if task or env_id.startswith("dm_control/"):
-        if opengl is None and sys.platform == "linux":
-            raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
-        try:
-            import shimmy  # noqa: F401  (registers dm_control's tasks)
-        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
-            missing = isinstance(error, ImportError) and "GL" not in str(error)
-            hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
-            raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
-        env_id = f"dm_control/{env_id}-v0" if task else env_id
-        size = max(256, size) if video else size
-        options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
-    try:
-        # The probe below says what does not fit in one line, which Gymnasium's checker does not.
-        options |= {"render_mode": "rgb_array", "disable_env_checker": True}
-        env = gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry)
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
-        reason = str(error).partition(" Did you mean")[0].rstrip(".")
-        raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
-        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
-    pixels = PixelEnv(env, args)
-    try:
-        pixels.reset(seed=0)
-        pixels.step(np.zeros(pixels.action_dim, np.float32))
-    except Exception as error:
-        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        hint = f"; {INSTALL_OPENGL}" if "GL" in reason else ""
-        raise ValueError(f"{args.env_id} cannot be drawn and played: {reason}{hint}") from None
-    return pixels
+    env = PixelEnv(open_environment(args, max(256, args.image_size) if video else args.image_size), args)
+    probe(env)
+    return env
 
 
 # --- end of the same text ---
@@ -939,7 +850,7 @@ def prior_action_error(agent: PLAS, batch: Batch) -> float:
 
 
 @torch.no_grad()
-def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
+def linear_probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
     """R2 of the true state (N, S) by ridge regression on the features: fitted on one half, scored on the other.
 
     The mean over the dimensions of the state that vary (nan, if none does); `pictures` are (N, C, H, W) uint8.
@@ -979,7 +890,7 @@ def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
 
 def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
     """What the study looks at beside returns and values, on a fixed batch and on `play_at_random`'s."""
-    metrics = {"prior_action_error": prior_action_error(agent, fixed), "probe_r2": probe(agent, pictures, states)}
+    metrics = {"prior_action_error": prior_action_error(agent, fixed), "probe_r2": linear_probe(agent, pictures, states)}
     return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
 
 
@@ -1254,7 +1165,107 @@ def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
     return sorted(folder.glob("evaluation-*.mp4"))
 
 
-# --- same text in both pixel scripts: memory (home: sac_ae_pixels.py; see make sync) ---
+# --- same text in both pixel scripts: drawing (home: sac_ae_pixels.py; see make sync) ---
+INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+
+
+def choose_opengl() -> str | None:
+    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
+
+    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
+    """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
+    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
+    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        if "MUJOCO_GL" not in os.environ:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(library)
+                os.environ["MUJOCO_GL"] = name
+    return os.environ.get("MUJOCO_GL")
+
+
+def open_environment(args: Args, size: int) -> gym.Env:
+    """The environment, which draws pictures of `size` where it can be told so. Raises ValueError with one line."""
+    opengl, env_id, options = choose_opengl(), args.env_id, {}
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # mine.py lies beside the user of --env mine:Name-v0
+    task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
+    if task or env_id.startswith("dm_control/"):
+        if opengl is None and sys.platform == "linux":
+            raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
+        try:
+            import shimmy  # noqa: F401  (registers dm_control's tasks)
+        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
+            missing = isinstance(error, ImportError) and "GL" not in str(error)
+            hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
+            raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
+        env_id = f"dm_control/{env_id}-v0" if task else env_id
+        options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
+    try:
+        # `probe` says in one line what does not fit, which Gymnasium's checker does not.
+        options |= {"render_mode": "rgb_array", "disable_env_checker": True}
+        return gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry)
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")
+        raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
+
+
+def probe(env: PixelEnv) -> None:
+    """Play a step, before anything is created for a run. Raises ValueError with one line if that is not possible."""
+    try:
+        env.reset(seed=0)
+        env.step(np.zeros(env.action_dim, np.float32))
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        hint = f"; {INSTALL_OPENGL}" if "GL" in reason else ""
+        raise ValueError(f"{env.args.env_id} cannot be drawn and played: {reason}{hint}") from None
+
+
+def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A copy of a picture (H, W, 3) uint8, in this size (height, width). Raises RunError if it is none."""
+    found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise RunError(f"expected a picture (height, width, 3) uint8, got {found}")
+    height, width = size or image.shape[:2]
+    return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
+def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
+    """What draws a dm_control task's picture (S, S, 3), valid until the next; None for other environments.
+
+    It goes through dm_control itself, where a camera can be kept. Where OpenGL is software, most of the time goes into
+    the shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
+    picture is drawn; the buffer's size changes no pixel.
+    """
+    task, size, camera, drawn = env.unwrapped, args.image_size, None, None
+    if type(task).__name__ != "DmControlCompatibilityV0":
+        return None
+    env.metadata = {**env.metadata, "render_fps": 1.0 / task.control_timestep()}
+    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # drawn at each step
+
+    def draw() -> np.ndarray:
+        nonlocal camera, drawn
+        if drawn is not task.physics:  # some tasks make a new one for each episode
+            from dm_control.mujoco.engine import Camera
+
+            drawn, width = task.physics, task.render_kwargs.get("width", size)
+            quality, buffer = drawn.model.vis.quality, drawn.model.vis.global_
+            if not has_cameras:
+                quality.shadowsize = min(512, quality.shadowsize)
+                buffer.offwidth = buffer.offheight = width
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, width)
+            camera = Camera(drawn, size, size, args.camera)
+        return camera.render()
+
+    return draw
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free, up to 32 MiB each (its limit) and 2 GiB in all; other systems do as they do.
 
