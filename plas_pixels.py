@@ -783,14 +783,15 @@ def check(args: Args) -> None:
         raise ValueError(f"{steps}: critics and policy would learn nothing; raise that or lower this")
     if args.collect not in (None, "random"):
         raise ValueError(f"--collect {args.collect}: random expected; benchmark/plas_data.py --collect has other kinds")
-    pictures = 3 * args.image_size**2 * args.frame_stack
-    check_memory({
-        "--batch-size": 4 * args.batch_size * (3 * pictures + args.num_layers * args.num_filters * pictures / 12),
-        "--hidden-dim": 100 * args.hidden_dim**2,
+    pixels, filters, collecting = args.image_size**2, args.num_filters * args.num_layers, args.collect is not None
+    check_memory({  # in bytes, about
+        "--batch-size, --image-size, --frame-stack, --num-layers, --num-filters":
+            args.batch_size * pixels * (36 * args.frame_stack + 2 * filters) + 150 * filters * args.num_filters,
+        "--feature-dim": 4 * args.num_filters * pixels * args.feature_dim,
+        "--hidden-dim": 100 * args.hidden_dim * (args.hidden_dim + args.feature_dim),
         "--candidates": 8 * args.candidates * args.batch_size * args.hidden_dim,
-        "--num-filters": 16 * (9 * args.num_layers * args.num_filters**2 + args.num_filters * args.image_size**2),
-        "--eval-episodes": args.eval_episodes * (pictures + 10_000),
-        "--collect-steps": (6 * args.image_size**2 * args.collect_steps) if args.collect else 0,
+        "--eval-episodes": args.eval_episodes * (10_000 + 6 * pixels * args.frame_stack),
+        "--collect-steps": 6 * pixels * args.collect_steps * collecting,
     })  # fmt: skip
 
 
@@ -890,7 +891,10 @@ def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
 
 def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
     """What the study looks at beside returns and values, on a fixed batch and on `play_at_random`'s."""
-    metrics = {"prior_action_error": prior_action_error(agent, fixed), "probe_r2": linear_probe(agent, pictures, states)}
+    metrics = {
+        "prior_action_error": prior_action_error(agent, fixed),
+        "probe_r2": linear_probe(agent, pictures, states),
+    }
     return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -26,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import plas_data  # noqa: E402
-import plas_pixels  # noqa: E402
-import sac_ae_pixels  # noqa: E402
 import speed  # noqa: E402
+
+import plas_pixels  # noqa: E402
 from plas_pixels import PLAS, SIGNALS, Args, Batch, Dataset, collect, evaluate, load, make_env  # noqa: E402
 
 torch.set_num_threads(1)
@@ -342,7 +343,10 @@ BAD_DATA = {
     "a terminal row within, no first ones": (marked(is_terminal=1, is_first=None), "contradict each other after row 1"),
     "a start within": (marked(is_first=2), "contradict each other"),
     "a discount that goes on": (lambda c: (marked()(c), c.update(discount=np.ones(7)))[0], "contradicts is_terminal"),
-    "a discount that ends": (lambda c: (marked()(c), c["discount"].put(6, 0.0))[0], "discount 0 contradicts is_terminal"),
+    "a discount that ends": (
+        lambda c: (marked()(c), c["discount"].put(6, 0.0))[0],
+        "discount 0 contradicts is_terminal",
+    ),
 }
 
 
@@ -381,6 +385,48 @@ def test_a_truncated_file_is_refused(tmp_path):
     content = (tmp_path / "data.npz").read_bytes()
     (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"not an npz file|damaged"):
+        load(tmp_path / "data.npz", env_of(4, 5))
+
+
+FOREIGN = {
+    "v_d4rl_84px.hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100), "table.csv": b"image,action\n1,2\n", "empty.npz": b"",
+    "array.npy": b"\x93NUMPY\x01\x00" + bytes(100),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_formats_are_called_what_they_are(name, tmp_path):
+    (tmp_path / name).write_bytes(FOREIGN[name])
+    with pytest.raises(ValueError, match="is not an npz file; convert it to npz"):
+        load(tmp_path / name, env_of(4, 5))
+
+
+def test_hidden_files_of_a_folder_are_skipped(tmp_path):
+    np.savez(tmp_path / "x.npz", **numbered([3]))
+    (tmp_path / "._x.npz").write_bytes(b"what another system keeps beside a file")
+    assert len(load(tmp_path, env_of(4, 5))[0].rows) == 3
+    (tmp_path / "x.npz").rename(tmp_path / "x.hdf5")
+    with pytest.raises(ValueError, match=r"there is no npz file in .*; convert the data"):
+        load(tmp_path, env_of(4, 5))
+
+
+def test_data_in_d4rls_order_get_a_warning(tmp_path, capsys):
+    columns = numbered([3, 2])
+    np.savez(tmp_path / "data.npz", **columns)
+    load(tmp_path / "data.npz", env_of(4, 5))
+    assert not capsys.readouterr().err
+    columns["action"][0] = 0.5  # as the last row of the first episode would be: nothing has led to this picture
+    np.savez(tmp_path / "data.npz", **columns)
+    load(tmp_path / "data.npz", env_of(4, 5))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "as in D4RL" in line
+
+
+def test_data_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "data.npz", **(numbered([3]) | {"action": np.zeros((10**7, 1), np.float32)}))
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**13 if name == "SC_PHYS_PAGES" else real(name))  # 32 MiB
+    with pytest.raises(ValueError, match=r"data.npz needs about 0.1 GiB of memory, and this machine has 0.0"):
         load(tmp_path / "data.npz", env_of(4, 5))
 
 
@@ -578,7 +624,7 @@ def test_an_episode_cut_by_time_counts_where_its_future_was_seen(gamma, seen, st
 
     args = resolve(Args(env_id="PlasNumberEnv-v0", frame_stack=1, action_repeat=1, num_layers=1, gamma=gamma))
     cut = CutByTime(make_env(args))
-    agent, counted, square = PLAS(args, cut, CPU), [], np.square
+    agent, counted, square = PLAS(args, cut.env, CPU), [], np.square
     monkeypatch.setattr(np, "square", lambda errors: (counted.append(len(errors)), square(errors))[1])
     agent.act = lambda observation, _: (np.zeros((1, 1), np.float32), np.zeros(1))
     result = evaluate(agent, [cut], 0)
@@ -854,6 +900,251 @@ def test_bad_input_is_refused_with_a_line(changes, part, tmp_path, capsys):
         assert error.value.code == 2 and part in capsys.readouterr().err
     else:
         assert part in refused(capsys, tmp_path, **changes)
+
+
+# --- what users' environments do (issue 24's kinds) ---
+class PointEnv(RenderedEnv):
+    """Sound: 5 steps, actions in [-1, 1]."""
+
+    space = gym.spaces.Box(-1.0, 1.0, (1,))
+    sent: list = []  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.action_space = self.space
+
+    def step(self, action):
+        self.sent.append(action)
+        observation, _, terminated, truncated, info = super().step(np.asarray(action, float))
+        return observation, self.reward(), terminated, truncated, info
+
+    def reward(self):
+        return 1.0
+
+
+class WholeEnv(PointEnv):
+    space = gym.spaces.Box(0, 4, (1,), np.int64)
+
+
+class UnboundedEnv(PointEnv):
+    space = gym.spaces.Box(-1e10, 1e10, (1,), np.float64)
+
+
+class FourChannelsEnv(PointEnv):
+    def render(self):
+        return np.zeros((50, 30, 4), np.uint8)
+
+
+class RewardArrayEnv(PointEnv):
+    def reward(self):
+        return np.array([1.0])
+
+
+class OldStepEnv(PointEnv):
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+class OnePortEnv(PointEnv):
+    made = 0
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        OnePortEnv.made += 1
+        if OnePortEnv.made == 2:
+            raise OSError("port 5000 is in use")
+
+
+class NanEnv(PointEnv):
+    """Its fourth step's reward is no number: the probe does not see it."""
+
+    def reward(self):
+        return float("nan") if self.count == 4 else 1.0
+
+
+class EndlessEnv(PointEnv):
+    def step(self, action):
+        self.count = 0
+        return super().step(action)
+
+    def render(self):
+        return np.zeros((4, 4, 3), np.uint8)
+
+
+for entry in (
+    PointEnv,
+    WholeEnv,
+    UnboundedEnv,
+    FourChannelsEnv,
+    RewardArrayEnv,
+    OldStepEnv,
+    OnePortEnv,
+    NanEnv,
+    EndlessEnv,
+):
+    gym.register(f"Odd{entry.__name__}-v0", entry)
+ODD = {
+    "image_size": 12, "num_layers": 1, "action_repeat": 1, "frame_stack": 1, "random_shift": 0, "total_timesteps": 4,
+    "collect": "random", "collect_steps": 20, "dataset": "odd",
+}  # fmt: skip
+
+
+def test_whole_actions_are_rounded():
+    env = make_env(resolve(Args(env_id="OddWholeEnv-v0", **ODD)))
+    env.reset(seed=0)
+    PointEnv.sent.clear()
+    for action in (-1.0, -0.7, 0.0, 0.7, 0.8, 1.0):
+        env.step(np.array([action], np.float32))
+    assert [int(action[0]) for action in PointEnv.sent] == [0, 1, 2, 3, 4, 4]
+    assert {action.dtype for action in PointEnv.sent} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("Unbounded", "expected a Box action space with bounds below 1e+06"),
+        ("FourChannels", "expected a picture (height, width, 3) uint8, got (50, 30, 4)"),
+        ("OldStep", "cannot be drawn and played"),
+        ("OnePort", "could not make OddOnePortEnv-v0: OSError: port 5000 is in use"),
+        ("Endless", "100,000 steps without an end, in the episode with reset seed"),
+    ],
+)
+def test_an_odd_environment_is_refused_before_anything_is_created(name, part, tmp_path, capsys, monkeypatch):
+    reset = plas_pixels.Door.reset
+
+    def late(self, **named):  # so that 100,000 steps are soon over
+        result = reset(self, **named)
+        self.steps = 99_900
+        return result
+
+    monkeypatch.setattr(plas_pixels.Door, "reset", late)
+    line = refused(capsys, tmp_path, **ODD, env_id=f"Odd{name}Env-v0")
+    assert part in line and ("--max-episode-steps" in line) == (name == "Endless")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_endless_environment_can_be_cut_off(tmp_path):
+    folder = run(tmp_path, **ODD, env_id="OddEndlessEnv-v0", max_episode_steps=7)
+    assert "7.0" in (folder / "eval.csv").read_text().splitlines()[1].split(",")
+    columns = np.load(tmp_path / "odd.npz")
+    assert np.diff(columns["is_first"].nonzero()[0]).tolist() == [8, 8] and columns["discount"].all()
+
+
+def test_a_reward_in_an_array_is_a_reward(tmp_path):
+    folder = run(tmp_path, **ODD, env_id="OddRewardArrayEnv-v0", gamma=0.9)
+    assert np.load(tmp_path / "odd.npz")["reward"].shape == (24,)
+    assert (folder / "eval.csv").read_text().splitlines()[1].split(",")[1] == "5.0"
+
+
+def test_a_reward_that_is_no_number_ends_a_run_with_a_line(tmp_path, capsys):
+    run(tmp_path, **ODD, env_id="OddPointEnv-v0", run_name="point")
+    columns = dict(np.load(tmp_path / "odd.npz"))
+    np.savez(tmp_path / "odd.npz", **columns | {"env_id": "OddNanEnv-v0", "first_seed": 0})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, **{**ODD, "collect": None}, env_id="OddNanEnv-v0", run_name="nan")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1
+    assert line.startswith("error: reward nan is not a finite number, in the episode with reset seed")
+
+
+def test_a_file_that_is_there_is_named_and_compared(tmp_path, capsys, monkeypatch):
+    run(tmp_path, **ODD, env_id="OddPointEnv-v0")
+    assert "collecting 20 steps (random) into odd.npz" in capsys.readouterr().out
+    run(tmp_path, **ODD, env_id="OddPointEnv-v0", seed=2)
+    output = capsys.readouterr()
+    assert "using odd.npz, collected by random; remove it to collect it anew" in output.out and not output.err
+    monkeypatch.setattr(PointEnv, "reward", lambda self: 2.0)
+    run(tmp_path, **ODD, env_id="OddPointEnv-v0", seed=3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: OddPointEnv-v0 does not do what odd.npz holds") and "remove that file" in line
+
+
+def test_what_fails_after_the_training_is_a_warning(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "no such sign")
+
+    monkeypatch.setattr(plas_pixels, "record_videos", fail)
+    folder = run(tmp_path, run_name="videos", total_timesteps=4, capture_video=True)
+    assert "warning: film failed (UnicodeEncodeError" in capsys.readouterr().out
+    assert (folder / "model.pt").exists() and (folder / "learning_curve.png").exists()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, run_name="videos", total_timesteps=4, capture_video=True, resume=True)
+    assert ended.value.code == 0 and "is finished" in capsys.readouterr().out
+
+
+# --- files and sizes ---
+@pytest.mark.parametrize("failing", ["write_atomically", "collect"])
+def test_a_dataset_that_is_not_written_whole_is_not_there(failing, tmp_path, capsys, monkeypatch):
+    if failing == "collect":
+
+        def collecting(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(plas_pixels, "collect", collecting)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **ODD, env_id="OddPointEnv-v0")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == "stopped while collecting; odd.npz is not written"
+    else:
+
+        def full(path, _):
+            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(plas_pixels, "write_atomically", full)
+        assert "cannot read or write odd.npz: No space left on device" in refused(
+            capsys, tmp_path, **ODD, env_id="OddPointEnv-v0"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_collecting_is_a_line(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--env", "Pendulum-v1", "--dataset", "new", "--collect", "random"]
+    with subprocess.Popen(
+        [*command, "--collect-steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("collecting")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "stopped while collecting; new.npz is not written"
+    assert "Traceback" not in errors and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "locked"])
+def test_a_dataset_that_cannot_be_looked_at_is_refused(name, tmp_path, capsys, monkeypatch):
+    if name == "locked":
+        (tmp_path / "locked").mkdir()
+
+        def locked(*_):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(Path, "iterdir", locked)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, dataset=name)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: cannot read or write {name}: ")
+
+
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"hidden_dim": 10**6}, "--hidden-dim"), ({"batch_size": 10**8}, "--batch-size"),
+        ({"image_size": 10**6}, "--image-size"), ({"eval_episodes": 10**9}, "--eval-episodes"),
+        ({"collect": "random", "collect_steps": 10**9}, "--collect-steps"), ({"frame_stack": 10**9}, "--frame-stack"),
+        ({"policy": "argmax", "candidates": 10**9}, "--candidates"), ({"num_filters": 10**6}, "--num-filters"),
+        ({"feature_dim": 10**8}, "--feature-dim"), ({"num_layers": 10**9}, "--num-layers"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_no_memory_holds_are_refused(changes, flag, tmp_path, capsys):
+    line = refused(capsys, tmp_path, **changes)
+    assert flag in line and "GiB of memory, and this machine has" in line
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e39}, {"kl_weight": 1e39}, {"seed": 2**64}], ids=str)
+def test_numbers_are_checked_as_what_they_become(changes, tmp_path, capsys):
+    assert "a number of at most" in refused(capsys, tmp_path, **changes)
 
 
 def test_data_of_another_task_are_refused(env, columns, tmp_path):
