@@ -175,7 +175,7 @@ SIGNALS: dict[str, frozenset[str]] = {  # the losses whose gradient reaches an e
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
-# --- same text in every script that acts: the door (home: hyar_td3.py; see make sync) ---
+# --- same text in the scripts that act: door (home: hyar_td3.py; see make sync) ---
 class Door(gym.Wrapper):
     """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
 
@@ -191,23 +191,21 @@ class Door(gym.Wrapper):
         """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.steps += 1
-        if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
-            raise RunError(f"reward {reward} is not a finite number, {self.where}")
+        reward = np.asarray(reward, np.float64)
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
+            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
         if self.steps == 100_000 and not (terminated or truncated):
             raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
         success = info.get("is_success", info.get("success"))
         if success is not None:
-            info = {**info, "is_success": bool(np.all(success))}
-        return observation, reward, bool(terminated), bool(truncated), info
+            info = {**info, "is_success": bool(np.asarray(success).all())}
+        return observation, reward.item(), bool(terminated), bool(truncated), info
 
 
 # --- end of the same text ---
 
 
 # --- same text in both pixel scripts: the environment as a camera sees it (home: sac_ae_pixels.py; see make sync) ---
-UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
-
-
 class PixelEnv(gym.Wrapper):
     """An environment as an agent with a camera sees it.
 
@@ -221,13 +219,9 @@ class PixelEnv(gym.Wrapper):
     render_mode = "rgb_array"
 
     def __init__(self, env: gym.Env, args: Args) -> None:
-        """Wrap `env`. Raises ValueError if its actions do not fit."""
+        """Wrap an environment with bounded Box actions."""
         super().__init__(gym.wrappers.RepeatAction(Door(env), args.action_repeat))
         self.args, self.box, seen = args, env.action_space, env.observation_space
-        bounded = isinstance(self.box, gym.spaces.Box) and (np.abs([self.box.low, self.box.high]) < UNBOUNDED).all()
-        if not bounded or not math.prod(self.box.shape):
-            expected = f"expected a Box action space with bounds below {UNBOUNDED:g}"
-            raise ValueError(f"{expected}, but {args.env_id} has {self.box}")
         self.action_dim = math.prod(self.box.shape)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,))
         self.drawn = not (isinstance(seen, gym.spaces.Box) and seen.dtype == np.uint8 and seen.shape[2:] == (3,))
@@ -265,16 +259,9 @@ class PixelEnv(gym.Wrapper):
         return as_picture(self.draw() if self.drawn else state, self.size).transpose(2, 0, 1)
 
     def render(self) -> np.ndarray:
-        """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged; of one size."""
-        picture = self.observation[-3:].transpose(1, 2, 0)
-        if self.env.render_mode == "rgb_array":
-            with contextlib.suppress(Exception):  # it observes pictures, and cannot draw others
-                picture = as_picture(self.env.render())
-        if self.video_size is None:
-            times = math.ceil(256 / min(picture.shape[:2]))
-            self.video_size = picture.shape[0] * times, picture.shape[1] * times
-        rows, columns = (np.arange(n) * m // n for n, m in zip(self.video_size, picture.shape[:2], strict=True))
-        return picture[rows][:, columns]  # the nearest pixel: what is enlarged stays sharp
+        """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged."""
+        self.video_size, picture = video_picture(self.env, self.observation[-3:], self.video_size)
+        return picture
 
 
 def make_env(args: Args, video: bool = False) -> PixelEnv:
@@ -899,13 +886,18 @@ def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray,
 
 
 # Data: read, and played at random ------------------------------------------------------------------------------------
+def need(holds: bool, message: str) -> None:
+    """Raise ValueError with this line if something does not hold."""
+    if not holds:
+        raise ValueError(message)
+
+
 def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:
     """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
     here = {"image_size": env.size[0], "frame_stack": env.args.frame_stack, "action_repeat": env.args.action_repeat}
     here |= {"env_id": env.spec.id} if env.spec else {}
     other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
-    if other:
-        raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
+    need(not other, f"{path} was made with {' '.join(other)}, not as here; use the same")
 
 
 def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -915,8 +907,7 @@ def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[st
         ("reward", np.float32, (), True), ("discount", np.float32, (), False),
         ("is_first", bool, (), False), ("is_last", bool, (), False), ("is_terminal", bool, (), False),
     )  # fmt: skip
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an npz file; convert it to npz (numpy.savez), or restore it, if it was one")
+    need(zipfile.is_zipfile(path), f"{path} is not an npz file; convert it to npz, or restore it, if it was one")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name, *_ in fields if name in file}
@@ -930,57 +921,47 @@ def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[st
     check_settings(path, made_with, env)
     rows = columns["image"].shape[:1] if "image" in columns else ()
     for name, dtype, shape, required in fields:
-        values, shape = columns.get(name), (*rows, *shape)
-        if values is None and required:
-            raise ValueError(f"{path} lacks {name}; image, action and reward are needed")
-        if values is None:
+        if name not in columns:
+            need(not required, f"{path} lacks {name}; image, action and reward are needed")
             continue
+        values, shape = columns[name], (*rows, *shape)
         numbers = values.dtype == np.uint8 if name == "image" else values.dtype.kind in "biuf"
-        if not numbers or values.shape not in (shape, (*shape, 1)):
-            expected = f"expected {name} {shape} of {np.dtype(dtype)}, as the environment's (see --image-size)"
-            raise ValueError(f"{path}: {expected}, got {values.shape} of {values.dtype}")
+        expected = f"expected {name} {shape} of {np.dtype(dtype)}, as the environment's (see --image-size)"
+        got = f"got {values.shape} of {values.dtype}"
+        need(numbers and values.shape in (shape, (*shape, 1)), f"{path}: {expected}, {got}")
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
             columns[name] = values.reshape(shape).astype(dtype, copy=False)
-        if dtype is bool and (columns[name] != values.reshape(shape)).any():
-            raise ValueError(f"{path}: expected 0 and 1 in {name}")
-    if not rows[0]:
-        raise ValueError(f"{path} has no rows")
+        need(dtype is not bool or (columns[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
+    need(rows[0] > 0, f"{path} has no rows")
     return {**columns, **find_episodes(path, columns)}, made_with
 
 
 def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`is_first` and `discount` (M,) by all markers that a file has. Raises ValueError where they contradict."""
-    false = np.zeros(len(columns["image"]), bool)
-    terminal, last = columns.get("is_terminal", false), columns.get("is_last")
+    """`is_first` and `discount` (M,) by all markers of a file. Raises ValueError with one line where they are wrong."""
+    terminal = columns.get("is_terminal", np.zeros(len(columns["image"]), bool))
+    last, discount = columns.get("is_last"), columns.get("discount", np.float32(1.0) - terminal)
     first = columns.get("is_first")
     if first is None:  # a file without any marker is one episode, as V-D4RL's are
         first = np.append(True, (terminal if last is None else last)[:-1])
-    if not first[0]:
-        raise ValueError(f"{path}: the first row of an episode expected at the start, is_first is false there")
-    short = int((np.diff(first.nonzero()[0], append=len(first)) < 2).sum())
-    if short:
-        raise ValueError(f"{path}: {short} episodes have a length of 0; leave them out")
+    need(first[0], f"{path}: the first row of an episode expected at the start, is_first is false there")
+    short = (np.diff(first.nonzero()[0], append=len(first)) < 2).sum()
+    need(not short, f"{path}: {short} episodes have a length of 0; leave them out")
     ends = np.append(first[1:], True)
     wrong = terminal & ~ends
     if last is not None:
         wrong[:-1] |= (last != ends)[:-1]  # the file's end may cut an episode
-    if wrong.any():
-        raise ValueError(f"{path}: is_first, is_last and is_terminal contradict each other after row {wrong.argmax()}")
-    discount = columns.get("discount", 1.0 - terminal.astype(np.float32))
-    if "is_terminal" in columns and ((discount == 0.0) != terminal)[~first].any():
-        row = ((discount == 0.0) != terminal) & ~first
-        raise ValueError(f"{path}: discount {discount[row][0]:g} contradicts is_terminal in row {row.argmax()}")
-    for name, values in (*columns.items(), ("discount", discount)):  # some first rows hold nan: nothing led to them
-        if values.dtype == np.float32:
-            bad = ~np.isfinite(values[~first]).reshape((~first).sum(), -1).all(1)
-            if bad.any():
-                raise ValueError(f"{path}: {int(bad.sum())} of {len(bad)} values of {name} are not finite")
-    if not ((discount >= 0.0) & (discount <= 1.0))[~first].all():
-        raise ValueError(f"{path}: discount between 0 and 1 expected")
+    marks = "is_first, is_last and is_terminal contradict each other"
+    need(not wrong.any(), f"{path}: {marks} after row {wrong.argmax()}")
+    wrong = ((discount == 0.0) != terminal) & ~first if "is_terminal" in columns else ~ends & False
+    need(not wrong.any(), f"{path}: discount and is_terminal contradict each other in row {wrong.argmax()}")
+    for name, values in (("action", columns["action"]), ("reward", columns["reward"]), ("discount", discount)):
+        bad = ~np.isfinite(values[~first]).reshape((~first).sum(), -1).all(1)  # first rows may hold nan
+        need(not bad.any(), f"{path}: {bad.sum()} of {len(bad)} values of {name} are not finite")
+    probability = (discount >= 0.0) & (discount <= 1.0) | first
+    need(probability.all(), f"{path}: discount between 0 and 1 expected")
     beyond = np.abs(columns["action"][~first]).max(1) - 1.0
-    if beyond.max() > 1e-4:
-        outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}"
-        raise ValueError(f"{path}: {outside}; rescale them")
+    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
+    need(beyond.max() <= 1e-4, f"{path}: {outside}")
     return {"is_first": first, "discount": discount}
 
 
@@ -994,25 +975,22 @@ def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
     """
     files = [path]
     if path.is_dir():
-        next(path.iterdir(), None)  # raises where it may not be read
-        files = sorted(file for file in path.glob("*.npz") if not file.name.startswith("."))
-    if not files or not files[0].exists():
-        none = f"there is no npz file in {path}; convert the data" if path.is_dir() else f"there is no dataset {path}"
-        raise ValueError(f"{none}; name an npz file or a folder of them, or add --collect random")
-    parts, digest = [], hashlib.sha256()
+        files = sorted(each for each in path.iterdir() if each.suffix == ".npz" and not each.name.startswith("."))
+        need(bool(files), f"there is no npz file in {path}; convert the data, or name another folder")
+    need(files[0].exists(), f"there is no dataset {path}; name an npz file or a folder, or add --collect random")
+    digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
     archives = [zipfile.ZipFile(file).infolist() for file in files if zipfile.is_zipfile(file)]
-    check_memory({f"{path}": 2 * sum(entry.file_size for archive in archives for entry in archive)})
-    parts = [read_file(file, env) for file in files]
-    made_with, parts = parts[0][1], [part for part, _ in parts]
+    check_memory({str(path): 2 * sum(entry.file_size for archive in archives for entry in archive)})
+    parts, settings = zip(*[read_file(file, env) for file in files], strict=True)
     names = ("image", "is_first", "action", "reward", "discount")
     columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}  # twice at most
     if np.nan_to_num(columns["action"][columns["is_first"]]).any(1).mean() > 0.5:
         order = "as in D4RL, where a row's action comes after its picture; here it comes before (see the docs)"
         print(f"warning: {path}: the first rows of episodes hold actions, {order}", file=sys.stderr)
-    return Dataset(columns, env.args.frame_stack), digest.hexdigest(), made_with
+    return Dataset(columns, env.args.frame_stack), digest.hexdigest(), settings[0]
 
 
 def uniform(env: PixelEnv, generator: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
@@ -1054,30 +1032,6 @@ def collect(
     return as_columns(rows)
 
 
-def make_file(args: Args, env: PixelEnv, path: Path, kind: str) -> None:
-    """Write a dataset of whole episodes, the same for every --seed. Raises ValueError with one line, and OSError."""
-    print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind != "random":  # of Dot Hazard
-        tool = Path(__file__).resolve().with_name("benchmark") / "plas_data.py"
-        if not tool.exists():
-            raise ValueError(
-                f"{path} is made by benchmark/plas_data.py, which is not here; add it, or --collect random"
-            )
-        command = [sys.executable, str(tool), "--env", args.env_id, "--collect", kind, "--file", str(path)]
-        command += ["--steps", str(args.collect_steps), "--action-repeat", str(args.action_repeat), "--seed", "0"]
-        made = subprocess.run(command, capture_output=True, text=True)
-        if made.returncode:
-            raise ValueError((made.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("error: "))
-        return
-    try:
-        columns = collect(env, args.collect_steps, seed=0)
-    except KeyboardInterrupt:
-        print(f"stopped while collecting; {path} is not written", file=sys.stderr)
-        raise
-    write_columns(path, env, columns, collect=kind, first_seed=episode_seed(0, 0, stream=4))
-
-
 def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **about: Any) -> None:
     """Write a dataset at once, as other processes may be making the same. Raises OSError, and leaves nothing then."""
     own = path.with_name(f".{path.stem}-{os.getpid()}.npz")
@@ -1091,16 +1045,35 @@ def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **a
             left.unlink(missing_ok=True)
 
 
+def make_dataset(path: Path, kind: str, args: Args, env: PixelEnv) -> None:
+    """Collect and write a dataset, the same for every --seed. Raises ValueError with one line, and OSError."""
+    print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if kind == "random":
+            columns = collect(env, args.collect_steps, seed=0)
+            return write_columns(path, env, columns, collect=kind, first_seed=episode_seed(0, 0, stream=4))
+        tool = Path(__file__).resolve().with_name("benchmark") / "plas_data.py"
+        need(tool.exists(), f"{path} is made by benchmark/plas_data.py, which is not here; try --dataset random")
+        settings = {"env": args.env_id, "action-repeat": args.action_repeat, "steps": args.collect_steps, "seed": 0}
+        flags = [f"--{name}={value}" for name, value in {**settings, "collect": kind, "file": path}.items()]
+        made = subprocess.run([sys.executable, str(tool), *flags], stderr=subprocess.PIPE, text=True)
+        need(not made.returncode, (made.stderr.splitlines() or [f"{tool} failed"])[-1].removeprefix("error: "))
+    except KeyboardInterrupt:
+        print(f"stopped while collecting; {path} is not written", file=sys.stderr)
+        raise
+
+
 def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
     """Whether the environment does what the first steps of a collected file say: its code may have changed since."""
     picture, _ = env.reset(seed=seed)
-    for row in range(min(10, int(dataset.starts[1:2].sum() or len(dataset.images)) - 1)):
-        if not np.array_equal(picture[-3:], dataset.images[row].numpy()):
-            return False
-        picture, reward, *_ = env.step(dataset.action[row].numpy())
-        if np.float32(reward) != dataset.reward[row].item():
-            return False
-    return True
+    same = np.array_equal(picture[-3:], dataset.images[0].numpy())
+    for action, reward in zip(dataset.action[:5].numpy(), dataset.reward[:5].tolist(), strict=True):
+        _, now, terminated, truncated, _ = env.step(action)
+        same = same and np.float32(now) == reward
+        if terminated or truncated:
+            break
+    return same
 
 
 def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
@@ -1114,13 +1087,12 @@ def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
             path = named if kind or named.exists() else path
         found = path.exists()
         if kind and not found:
-            make_file(args, env, path, kind)
+            make_dataset(path, kind, args, env)
         dataset, digest, made_with = load(path, env)
     except OSError as error:
         raise ValueError(f"cannot read or write {path}: {error.strerror}; choose another --dataset") from None
     if kind and found:
-        maker = f", collected by {made_with['collect']}" if "collect" in made_with else ""
-        print(f"using {path}{maker}; remove it to collect it anew")
+        print(f"using {path}, collected by {made_with.get('collect', 'somebody')}; remove it to collect it anew")
         if "first_seed" in made_with and not is_reproduced(dataset, env, made_with["first_seed"]):
             changed = f"warning: {args.env_id} does not do what {path} holds: its code has changed, or how it is drawn"
             print(f"{changed}; remove that file to collect it anew", file=sys.stderr)
@@ -1171,6 +1143,7 @@ def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
 
 # --- same text in both pixel scripts: drawing (home: sac_ae_pixels.py; see make sync) ---
 INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
 
 
 def choose_opengl() -> str | None:
@@ -1192,8 +1165,8 @@ def choose_opengl() -> str | None:
 def open_environment(args: Args, size: int) -> gym.Env:
     """The environment, which draws pictures of `size` where it can be told so. Raises ValueError with one line."""
     opengl, env_id, options = choose_opengl(), args.env_id, {}
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # mine.py lies beside the user of --env mine:Name-v0
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # mine.py lies beside the user of --env mine:Name-v0
     task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
     if task or env_id.startswith("dm_control/"):
         if opengl is None and sys.platform == "linux":
@@ -1209,7 +1182,7 @@ def open_environment(args: Args, size: int) -> gym.Env:
     try:
         # `probe` says in one line what does not fit, which Gymnasium's checker does not.
         options |= {"render_mode": "rgb_array", "disable_env_checker": True}
-        return gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
+        env = gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, gym.registry)
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
@@ -1217,6 +1190,12 @@ def open_environment(args: Args, size: int) -> gym.Env:
         raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
     except Exception as error:  # whatever a third party's environment raises, it is about this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
+    box = env.action_space
+    bounded = isinstance(box, gym.spaces.Box) and (np.abs([box.low, box.high]) < UNBOUNDED).all()
+    if not bounded or not math.prod(box.shape):
+        expected = f"expected a Box action space with bounds below {UNBOUNDED:g}"
+        raise ValueError(f"{expected}, but {args.env_id} has {box}")
+    return env
 
 
 def probe(env: PixelEnv) -> None:
@@ -1238,6 +1217,22 @@ def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
         raise RunError(f"expected a picture (height, width, 3) uint8, got {found}")
     height, width = size or image.shape[:2]
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
+def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
+    """The size of a video, which the first picture decides, and a picture (height, width, 3) uint8 for it.
+
+    It is what the environment draws, or `seen` (3, H, W) where it observes pictures and cannot draw others.
+    """
+    picture = seen.transpose(1, 2, 0)
+    if env.render_mode == "rgb_array":
+        with contextlib.suppress(Exception):
+            picture = as_picture(env.render())
+    if size is None:
+        times = math.ceil(256 / min(picture.shape[:2]))
+        size = picture.shape[0] * times, picture.shape[1] * times
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, picture.shape[:2], strict=True))
+    return size, picture[rows][:, columns]  # the nearest pixel: what is enlarged stays sharp
 
 
 def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
@@ -1284,7 +1279,7 @@ def keep_freed_memory() -> None:
 # --- end of the same text ---
 
 
-# --- same text in every script: run folder, logging, checkpoints (home: hyar_td3.py; see make sync) ---
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: its text is for the user."""
 
@@ -1300,11 +1295,10 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
-            low, high, flag = least.get(name, 0), most.get(name, limit), f"--{name.replace('_', '-')}"
-            if not value >= low:  # nan is not, either
-                raise ValueError(f"{flag} {value}: a number of at least {low} expected")
-            if value > high:
-                raise ValueError(f"{flag} {value}: a number of at most {high} expected")
+            low, high = least.get(name, 0), most.get(name, limit)
+            if not low <= value <= high:  # nan is not, either
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def set_up_torch(args: Args) -> torch.device:
@@ -1343,36 +1337,35 @@ class Run:
         self.name = re.sub(r"[/\\:]", "-", name)
         if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
             usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
-        while not args.run_name and (Path(args.runs_dir) / self.name).exists():
-            self.name += "_"  # another run began in this second
-        self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
         self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        self.folder = Path(args.runs_dir) / self.name
         try:
-            found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-            if self.folder.exists() and not args.resume:
-                raise FileExistsError
+            while not args.run_name and self.folder.exists():
+                self.name += "_"  # another run began in this second
+                self.folder = Path(args.runs_dir) / self.name
+            found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
             self.folder.mkdir(parents=True, exist_ok=args.resume)
             self.take_lock()
             if args.resume:
                 self.load_checkpoint()
-            step = self.checkpoint["step"] if self.checkpoint else -1
-            if self.checkpoint is None:
+            step = self.checkpoint["step"] if self.checkpoint else 0
+            if not self.checkpoint:
                 self.describe()
-            # What a killed run wrote after its last checkpoint is written again.
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            # What a killed run wrote after its last checkpoint is purged: it is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if self.checkpoint else 0)
+            if args.track:
+                self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         except OSError as error:  # a full or read-only disk, somebody else's folder
             usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
-        if args.track:
-            self.start_wandb(args)
-        self.bar = tqdm(total=args.total_timesteps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
-        self.window_step = max(step, 0)
+        self.window_step = step
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
@@ -1395,11 +1388,9 @@ class Run:
         with contextlib.suppress(OSError):  # no git here
             git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-        about = {
-            "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit,
-            "python": sys.version.split()[0],
-            "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-        }  # fmt: skip
+        packages = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = {"script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit}
+        about |= {"python": sys.version.split()[0], "packages": packages}
         write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
@@ -1457,11 +1448,10 @@ class Run:
             self.shown = now
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                self.say(f"{self.name}: {done}, {text}")
+                self.say(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}")
 
     def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
+        """Steps per second since the last call."""
         then, self.window_time = self.window_time, time.monotonic()
         steps, self.window_step = step - self.window_step, step
         return steps / max(self.window_time - then, 1e-9)
@@ -1527,16 +1517,17 @@ class Run:
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        finished = False
         try:
             if path.exists():
                 if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
-                self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
+                self.eval_rows, finished, _ = (self.checkpoint[name] for name in ("eval_rows", "finished", "step"))
             elif about.exists():
                 recorded = json.loads(about.read_text())
-                script, arguments, finished = recorded["script"], dict(recorded["arguments"]), False
+                script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
         except Exception as error:  # a damaged file raises nearly anything
@@ -1561,7 +1552,6 @@ class Run:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
             self.write_evaluations()  # a killed run may have written further
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            self.close()
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
@@ -1571,7 +1561,7 @@ class Run:
 
     def stop(self) -> NoReturn:
         """End the run after a signal, with the status that a shell gives it (143 or 130)."""
-        self.close()
+        self.bar.close()
         print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
@@ -1593,19 +1583,8 @@ class Run:
         """The run itself."""
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        """Close everything. A RunError and a full disk end in one line and status 1."""
-        self.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
-        if isinstance(error, RunError):
-            path = self.folder / "checkpoint.pt"
-            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
-            raise SystemExit(1) from None
-
-    def close(self) -> None:
-        """Close the bar and the loggers and give the signals back."""
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()
@@ -1614,6 +1593,13 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 # --- end of the same text ---

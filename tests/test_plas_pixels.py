@@ -312,6 +312,14 @@ def marked(**rows):
     return change
 
 
+def discounts(values):
+    def change(columns):
+        marked()(columns)
+        columns["discount"] = values
+
+    return change
+
+
 BAD_DATA = {
     "missing": (lambda c: c.pop("reward"), "lacks reward"),
     "a number": (spoil("image", 3), "expected image (4, 5, 3) of uint8, as the environment's"),
@@ -342,11 +350,8 @@ BAD_DATA = {
     "a terminal row within": (marked(is_terminal=1), "contradict each other after row 1"),
     "a terminal row within, no first ones": (marked(is_terminal=1, is_first=None), "contradict each other after row 1"),
     "a start within": (marked(is_first=2), "contradict each other"),
-    "a discount that goes on": (lambda c: (marked()(c), c.update(discount=np.ones(7)))[0], "contradicts is_terminal"),
-    "a discount that ends": (
-        lambda c: (marked()(c), c["discount"].put(6, 0.0))[0],
-        "discount 0 contradicts is_terminal",
-    ),
+    "a discount that goes on": (discounts(np.ones(7)), "discount and is_terminal contradict each other in row 3"),
+    "a discount that ends": (discounts(np.float32([1, 1, 1, 0, 1, 1, 0])), "contradict each other in row 6"),
 }
 
 
