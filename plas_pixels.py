@@ -15,13 +15,15 @@ ICML 2019, https://arxiv.org/abs/1812.02900
 Docs: docs/plas_pixels.md
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -96,19 +98,19 @@ class Args:
     dataset: str = "medium"
     """an npz file or a folder of them; DotHazard-v0 also has random, medium and expert, collected at once"""
     collect: str | None = None
-    """collect --dataset if it is missing: by random, medium or scripted actions, or a model.pt of sac_ae_pixels.py"""
+    """random: collect --dataset by random actions if it is missing (benchmark/plas_data.py has better policies)"""
     collect_steps: int = 15_000
     """transitions to collect (agent steps: an action that is repeated counts once)"""
     total_timesteps: int = 10_000
     """gradient steps"""
+    max_episode_steps: int | None = None
+    """steps after which an episode is cut off (default: the environment's own limit)"""
     encoder_signal: str = "both"
     """what trains the encoder: critic, vae, both, separate (one for each), reconstruction (of the picture) or none"""
     policy: Literal["latent", "argmax"] = "latent"
     """a policy in the VAE's latent space (PLAS), or the best of some sampled actions (BCQ without perturbation)"""
     learning_rate: float = 1e-3
     """learning rate of the encoder, the critics and the VAE"""
-    policy_learning_rate: float = 1e-3
-    """learning rate of the latent policy"""
     gamma: float | None = None
     """the discount factor gamma (default: by environment)"""
     tau: float = 0.005
@@ -121,8 +123,6 @@ class Args:
     """bound of the latent policy's z (PLAS, section 4)"""
     candidates: int = 10
     """actions sampled for each next state with --policy argmax"""
-    acting_candidates: int = 100
-    """actions sampled to choose one from, in evaluations with --policy argmax"""
     kl_weight: float = 0.5
     """weight of the VAE's KL divergence (mean over batch and dimensions) beside the actions' squared error"""
     pretrain_steps: int = 0
@@ -175,98 +175,110 @@ SIGNALS: dict[str, frozenset[str]] = {  # the losses whose gradient reaches an e
 
 
 # Environment ---------------------------------------------------------------------------------------------------------
-class PixelEnv(gym.Wrapper[np.ndarray, np.ndarray, Any, Any]):
-    """Pictures for observations, stacked: (k * 3, H, W) uint8, oldest first; actions are in [-1, 1] and repeated.
+# --- same text in the scripts that act: door (home: hyar_td3.py; see make sync) ---
+class Door(gym.Wrapper):
+    """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
 
-    An environment whose observations are pictures (H, W, 3) keeps them, others are rendered. `info["state"]` holds the
-    true state: what the environment says itself, or the observation that the picture replaces.
+    Raises RunError, with the reset seed of the episode, for what cannot be handed on.
     """
 
-    def __init__(self, env: gym.Env, image_size: int, action_repeat: int, frame_stack: int) -> None:
-        """Raises ValueError, with what was expected, if it has no Box actions or no pictures."""
-        super().__init__(gym.wrappers.RepeatAction(env, action_repeat))
-        space = env.action_space
-        if not (isinstance(space, gym.spaces.Box) and np.isfinite([space.low, space.high]).all()):
-            raise ValueError(f"plas_pixels needs a Box action space with finite bounds, got {space}")
-        self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
-        own = env.observation_space
-        self.rendered = not (isinstance(own, gym.spaces.Box) and own.dtype == np.uint8 and own.shape[2:] == (3,))
-        if self.rendered and env.render_mode != "rgb_array":
-            raise ValueError("pictures expected, but it neither observes nor renders them (render_mode rgb_array)")
-        self.size = (image_size, image_size) if self.rendered else own.shape[:2]
-        self.action_repeat, self.frame_stack = action_repeat, frame_stack
-        self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, *self.size), np.uint8)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (math.prod(space.shape),), np.float32)
-        self.frames: list[np.ndarray] = []
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The first observation of an episode, and its info."""
+        self.steps, self.where = 0, f"in the episode with reset seed {seed}"
+        return self.env.reset(seed=seed, options=options)
 
-    def picture(self, observation: Any) -> np.ndarray:
-        """The newest picture (3, H, W) uint8."""
-        frame = self.env.render() if self.rendered else observation
-        if frame.shape[:2] != self.size:
-            frame = np.asarray(PIL.Image.fromarray(frame).resize(self.size[::-1], PIL.Image.Resampling.BILINEAR))
-        return np.moveaxis(frame, 2, 0).copy()
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        reward = np.asarray(reward, np.float64)
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
+            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
+        if self.steps == 100_000 and not (terminated or truncated):
+            raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
+        success = info.get("is_success", info.get("success"))
+        if success is not None:
+            info = {**info, "is_success": bool(np.asarray(success).all())}
+        return observation, reward.item(), bool(terminated), bool(truncated), info
 
-    def info(self, observation: Any, info: dict[str, Any]) -> dict[str, Any]:
-        """`info` with `state` (S,) float64."""
-        return {"state": gym.spaces.flatten(self.env.observation_space, observation), **info}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Any]:
-        """The first picture, as often as the stack is high."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        self.frames = [self.picture(observation)] * self.frame_stack
-        return np.concatenate(self.frames), self.info(observation, info)
+# --- end of the same text ---
+
+
+# --- same text in both pixel scripts: the environment as a camera sees it (home: sac_ae_pixels.py; see make sync) ---
+class PixelEnv(gym.Wrapper):
+    """An environment as an agent with a camera sees it.
+
+    Observations are the newest frames (3 frame_stack, H, W) uint8, an episode's first one repeated where there are not
+    enough yet; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards add up. `info["state"]` is the
+    true state (S,): what the environment calls so, or the observation that the picture replaces.
+
+    An environment whose observations are pictures (H, W, 3) uint8 keeps them; others are drawn, as (S, S).
+    """
+
+    render_mode = "rgb_array"
+
+    def __init__(self, env: gym.Env, args: Args) -> None:
+        """Wrap an environment with bounded Box actions."""
+        super().__init__(gym.wrappers.RepeatAction(Door(env), args.action_repeat))
+        self.args, self.box, seen = args, env.action_space, env.observation_space
+        self.action_dim = math.prod(self.box.shape)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,))
+        self.drawn = not (isinstance(seen, gym.spaces.Box) and seen.dtype == np.uint8 and seen.shape[2:] == (3,))
+        self.size = (args.image_size, args.image_size) if self.drawn else seen.shape[:2]
+        self.observation_space = gym.spaces.Box(0, 255, (3 * args.frame_stack, *self.size), np.uint8)
+        self.draw = fast_camera(env, args) or self.env.render
+        self.video_size: tuple[int, int] | None = None
+        frames_per_second = env.metadata.get("render_fps") or 30
+        self.metadata = {**env.metadata, "render_fps": max(1, round(frames_per_second / args.action_repeat))}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """The first observation of an episode."""
+        state, info = self.env.reset(seed=seed, options=options)
+        self.observation = np.concatenate([self.frame(state)] * self.args.frame_stack)
+        return self.observation, self.with_state(state, info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeat an action (A,) in [-1, 1]; the reward is the sum."""
-        scaled = self.low + (self.high - self.low) * (action.reshape(self.low.shape).astype(np.float64) + 1.0) / 2.0
-        scaled = scaled.clip(self.low, self.high).astype(self.env.action_space.dtype)
-        observation, reward, terminated, truncated, info = self.env.step(scaled)
-        self.frames = [*self.frames[1:], self.picture(observation)]
-        return np.concatenate(self.frames), float(reward), terminated, truncated, self.info(observation, info)
+        """Repeat one action (A,) in [-1, 1]."""
+        low, high = self.box.low.astype(float), self.box.high.astype(float)
+        scaled = low + (high - low) * (action.astype(float).reshape(self.box.shape) + 1.0) / 2.0
+        if np.issubdtype(self.box.dtype, np.integer):
+            scaled = np.rint(scaled)  # a cast alone would never give the upper bound
+        scaled = scaled.clip(low, high).astype(self.box.dtype)
+        state, reward, terminated, truncated, info = self.env.step(scaled)
+        self.observation = np.concatenate((self.observation[3:], self.frame(state)))
+        return self.observation, reward, terminated, truncated, self.with_state(state, info)
+
+    def with_state(self, state: Any, info: dict[str, Any]) -> dict[str, Any]:
+        """`info` with `state`, where there is one that can be a vector."""
+        space = self.env.observation_space
+        return {"state": gym.spaces.flatten(space, state), **info} if space.is_np_flattenable else info
+
+    def frame(self, state: Any) -> np.ndarray:
+        """What is seen now: (3, H, W) uint8. Raises RunError if that is no picture."""
+        return as_picture(self.draw() if self.drawn else state, self.size).transpose(2, 0, 1)
 
     def render(self) -> np.ndarray:
-        """What the agent sees last, enlarged to at least 256 pixels, for videos."""
-        times = -(-256 // min(self.size))
-        return np.moveaxis(self.frames[-1], 0, 2).repeat(times, 0).repeat(times, 1)
+        """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged."""
+        self.video_size, picture = video_picture(self.env, self.observation[-3:], self.video_size)
+        return picture
 
 
-def make_env(args: Args) -> PixelEnv:
-    """Make the environment of `args`. Raises ValueError with one line, if it is unknown or does not fit."""
-    options: dict[str, Any] = {"render_mode": "rgb_array"}
-    if args.env_id.startswith("dm_control/"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
-        # Software OpenGL would take all cores for each picture, and fight with the networks for them.
-        os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
-        try:
-            import shimmy  # noqa: F401  (registers dm_control's tasks)
-        except Exception as error:  # it is not there, or OpenGL is not
-            hint = "pip install 'shimmy[dm-control]', apt-get install libegl1 libgl1-mesa-dri, or MUJOCO_GL=osmesa"
-            needs = f"{args.env_id} needs dm_control and OpenGL ({type(error).__name__}: {error})"
-            raise ValueError(f"{needs}; try {hint}") from None
-        size = args.image_size
-        options["render_kwargs"] = {"width": size, "height": size, "camera_id": args.camera}
-    try:
-        env = gym.make(args.env_id, **options)
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like DotHazard-v0 or package:Name-v0"
-        raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
-        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
-    if args.env_id.startswith("dm_control/"):
-        # Where pictures are rendered in software, most of the time goes into shadows and an unused large buffer.
-        visual = env.unwrapped._env.physics.model.vis
-        visual.quality.shadowsize, visual.global_.offwidth, visual.global_.offheight = 512, size, size
-    pixels = PixelEnv(env, args.image_size, args.action_repeat, args.frame_stack)
-    try:
-        pixels.reset(seed=0)
-    except Exception as error:
-        hint = "; try MUJOCO_GL=osmesa" if "GL" in str(error) else ""
-        raise ValueError(f"{args.env_id} cannot be drawn: {type(error).__name__}: {error}{hint}") from None
-    return pixels
+def make_env(args: Args, video: bool = False) -> PixelEnv:
+    """Make the environment and play a step. Raises ValueError with one line, if that is not possible.
+
+    With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
+    """
+    env = PixelEnv(open_environment(args, max(256, args.image_size) if video else args.image_size), args)
+    probe(env)
+    return env
+
+
+# --- end of the same text ---
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
+# --- same text in both pixel scripts: layers (home: sac_ae_pixels.py; see make sync) ---
 class Output(nn.Linear):
     """A linear layer that computes in float32 whatever autocast says: values of Q need more than bfloat16's 8 bits."""
 
@@ -278,12 +290,15 @@ class Output(nn.Linear):
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
-    hidden_layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return nn.Sequential(*hidden_layers, Output(hidden, outputs))
+    layers = nn.Linear(inputs, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True)
+    return nn.Sequential(*layers, Output(hidden, outputs))
+
+
+# --- end of the same text ---
 
 
 class Encoder(nn.Module):
-    """Pictures (B, C, H, W) uint8 -> features (B, F) in (-1, 1): SAC+AE's encoder (Yarats et al., 2019)."""
+    """Pictures (B, C, H, W) uint8 -> features (B, F) in (-1, 1): SAC+AE's encoder, on centred pixels."""
 
     def __init__(self, channels: int, size: tuple[int, int], layers: int, filters: int, feature_dim: int) -> None:
         """3 x 3 convolutions, the first with stride 2. Raises ValueError if `size` is too small for the layers."""
@@ -291,34 +306,40 @@ class Encoder(nn.Module):
         self.map = [(side - 3) // 2 + 1 - 2 * (layers - 1) for side in size]
         if min(self.map) < 1:
             raise ValueError(f"pictures of {size[0]} x {size[1]} are too small for --num-layers {layers}; take fewer")
-        first = nn.Conv2d(channels, filters, 3, stride=2), nn.ReLU()
-        inner = [part for _ in range(layers - 1) for part in (nn.Conv2d(filters, filters, 3), nn.ReLU())]
-        self.convolutions = nn.Sequential(*first, *inner)
-        self.head = nn.Sequential(nn.Linear(filters * math.prod(self.map), feature_dim), nn.LayerNorm(feature_dim))
+        self.convs = nn.ModuleList([nn.Conv2d(channels, filters, 3, stride=2)])
+        self.convs.extend(nn.Conv2d(filters, filters, 3) for _ in range(layers - 1))
+        self.fc = nn.Linear(filters * math.prod(self.map), feature_dim)
+        self.ln = nn.LayerNorm(feature_dim)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """The features."""
-        return torch.tanh(self.head(self.convolutions(pictures / 255.0 - 0.5).flatten(1)).float())
+        hidden = pictures / 255.0 - 0.5
+        for conv in self.convs:
+            hidden = F.relu(conv(hidden), inplace=True)
+        return torch.tanh(self.ln(self.fc(hidden.flatten(1))).float())
 
 
 class PictureDecoder(nn.Module):
     """Features (B, F) -> pictures (B, C, H, W) in about [-0.5, 0.5]: the encoder's mirror."""
 
-    def __init__(self, encoder: Encoder, channels: int, size: tuple[int, int], layers: int, filters: int) -> None:
-        """`encoder` gives the sizes."""
+    def __init__(self, encoder: Encoder, size: tuple[int, int]) -> None:
+        """`encoder` gives the other sizes."""
         super().__init__()
-        self.shape = (filters, *encoder.map)
-        self.head = nn.Linear(encoder.head[0].out_features, math.prod(self.shape))
+        first, filters = encoder.convs[0].in_channels, encoder.convs[0].out_channels
+        self.shape = filters, *encoder.map
+        self.fc = nn.Linear(encoder.fc.out_features, math.prod(self.shape))
+        self.deconvs = nn.ModuleList(nn.ConvTranspose2d(filters, filters, 3) for _ in encoder.convs[1:])
         odd = tuple(1 - side % 2 for side in size)  # an even side loses a pixel on the way in
-        inner = [part for _ in range(layers - 1) for part in (nn.ConvTranspose2d(filters, filters, 3), nn.ReLU())]
-        last = nn.ConvTranspose2d(filters, channels, 3, stride=2, output_padding=odd)
-        self.convolutions = nn.Sequential(*inner, last)
+        self.deconvs.append(nn.ConvTranspose2d(filters, first, 3, stride=2, output_padding=odd))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The pictures."""
-        return self.convolutions(F.relu(self.head(feature)).view(-1, *self.shape)).float()
+        hidden = F.relu(self.fc(feature)).view(-1, *self.shape)
+        for deconv in self.deconvs[:-1]:
+            hidden = F.relu(deconv(hidden), inplace=True)
+        return self.deconvs[-1](hidden).float()
 
 
 class ActorVAE(nn.Module):
@@ -343,10 +364,10 @@ class ActorVAE(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """The policy (B, F) -> z (B, L), bounded (PLAS, section 4)."""
+    """The policy (B, F) -> z (B, L), bounded, so that it stays where the VAE's prior has mass (PLAS, section 4)."""
 
     def __init__(self, feature_dim: int, latent_dim: int, hidden: int, bound: float) -> None:
-        """`bound` keeps z where the VAE's prior has mass."""
+        """`bound` is the largest absolute value of z."""
         super().__init__()
         self.bound = bound
         self.network = mlp(feature_dim, hidden, latent_dim)
@@ -386,7 +407,7 @@ class Batch(NamedTuple):
     discount: Tensor
 
 
-def shifted(pictures: Tensor, offsets: Tensor) -> Tensor:
+def random_shift(pictures: Tensor, offsets: Tensor) -> Tensor:
     """Pictures (B, C, H, W) moved up and left by offsets (2, B, 1), the pixels of an edge repeated, as DrQ does.
 
     Without making a larger picture: rows and columns out of range are clamped.
@@ -419,7 +440,7 @@ class Dataset:
         self.discount = torch.from_numpy(columns["discount"][rows].astype(np.float32))
         self.returns = np.add.reduceat(np.where(columns["is_first"], 0.0, columns["reward"]), first)
 
-    def to(self, device: torch.device) -> "Dataset":
+    def to(self, device: torch.device) -> Dataset:
         """Move all to a device, once."""
         for name in ("images", "frames", "action", "reward", "discount"):
             setattr(self, name, getattr(self, name).to(device))
@@ -431,7 +452,7 @@ class Dataset:
         pair = [pictures[:, :-3], pictures[:, 3:]]
         if shift:
             offsets = torch.randint(-shift, shift + 1, (2, 2, len(index), 1), device=index.device)
-            pair = [shifted(picture, offsets[:, i]) for i, picture in enumerate(pair)]
+            pair = [random_shift(picture, offsets[:, i]) for i, picture in enumerate(pair)]
         return Batch(pair[0], self.action[index], self.reward[index], pair[1], self.discount[index])
 
     def sample(self, batch_size: int, shift: int) -> Batch:
@@ -439,121 +460,41 @@ class Dataset:
         return self.batch(torch.randint(len(self.rows), (batch_size,), device=self.images.device), shift)
 
 
-def check_settings(path: Path, made_with: dict[str, Any], env: gym.Env) -> None:
-    """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
-    here = {"image_size": env.size[0], "frame_stack": env.frame_stack, "action_repeat": env.action_repeat}
-    here |= {"env_id": env.spec.id} if env.spec else {}
-    other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
-    if other:
-        raise ValueError(f"{path} was made with {' '.join(other)}, not as here; use the same")
+# Agent ---------------------------------------------------------------------------------------------------------------
+POLICY_LEARNING_RATE = 1e-3
+ACTING_CANDIDATES = 100  # actions sampled to choose one from, in evaluations with --policy argmax
 
 
-def read_columns(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
-    """One npz file's columns. Raises ValueError with one line if it is none, or would run code when read."""
-    names = ("image", "action", "reward", "discount", "is_first", "is_terminal")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in names if name in file}
-            made_with = {name: file[name].item() for name in ("action_repeat", "frame_stack", "env_id") if name in file}
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: it is encrypted
-        raise ValueError(f"{path} is not an npz file ({type(error).__name__})") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds Python objects or is damaged ({error}); save plain arrays") from None
-    check_settings(path, made_with, env)
-
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            raise ValueError(f"{path}{message}")
-
-    missing = {"image", "action", "reward"} - set(columns)
-    need(not missing, f" lacks {', '.join(sorted(missing))}; image, action and reward are needed")
-    image, action = columns["image"], columns["action"]
-    expected = f"image (rows, height, width, 3) of uint8 expected, got {image.dtype} {image.shape}"
-    need(image.dtype == np.uint8 and image.ndim == 4 and image.shape[3] == 3, f": {expected}")
-    rows = len(image)
-    for name, values in columns.items():
-        need(
-            values.dtype.kind in "biuf" and values.ndim > 0, f": numbers by row expected in {name}, got {values.dtype}"
-        )
-        need(len(values) == rows, f": {name} has {len(values)} rows, image has {rows}")
-        numbers = 1 if name in ("image", "action") else values.size // max(rows, 1)
-        need(numbers == 1, f": {name} has {numbers} numbers in a row, 1 expected")
-    need(action.ndim == 2, f": action (rows, size) expected, got {action.shape}")
-    theirs, ours = (image.shape[1:], action.shape[1]), ((*env.observation_space.shape[1:], 3), *env.action_space.shape)
-    both = f"images {theirs[0]} and {theirs[1]} actions in the dataset, {ours[0]} and {ours[1]} in the environment"
-    need(theirs == ours, f" does not match the environment: {both} (see --image-size)")
-    first = columns.get("is_first", np.arange(rows) == 0).astype(bool).reshape(rows)  # V-D4RL: one episode a file
-    need(rows > 0 and first[0], ": the first row of an episode expected at the start, is_first is false there")
-    short = int((np.diff(first.nonzero()[0], append=rows) < 2).sum())
-    need(not short, f": {short} episodes have a length of 0; leave them out")
-    terminal = columns.get("is_terminal", np.zeros(rows))
-    discount = columns.get("discount", 1.0 - terminal).reshape(rows)
-    columns = {"action": action, "reward": columns["reward"].reshape(rows), "discount": discount}
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
-        columns = {name: values.astype(np.float32) for name, values in columns.items()}
-    for name, values in columns.items():  # some first rows hold nan, since nothing led to them
-        bad = ~np.isfinite(values[~first]).reshape(rows - first.sum(), -1).all(1)
-        need(not bad.any(), f": {int(bad.sum())} of {len(bad)} values of {name} are not finite")
-    probability = ((columns["discount"] >= 0.0) & (columns["discount"] <= 1.0))[~first].all()
-    need(probability, ": discount and is_terminal between 0 and 1 expected")
-    beyond = np.abs(columns["action"][~first]).max(1) - 1.0
-    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
-    need(beyond.max() <= 1e-4, f": {outside}")
-    return {"image": image, "is_first": first, **columns}
-
-
-def load(path: Path, env: gym.Env) -> tuple[Dataset, str]:
-    """Read an npz file, or all of a folder in the order of their names. Returns the dataset and its sha256.
-
-    Columns: `image` (M, H, W, 3) uint8, `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal`
-    (M,), `is_first` (M,) (a file without it is one episode); `action_repeat`, `frame_stack` and `env_id` are
-    compared with those of `env`, if they are there. Raises ValueError with one line about what is wrong.
-    """
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise ValueError(f"there is no dataset {path}; name an npz file or a folder of them, or add --collect random")
-    parts, digest = [], hashlib.sha256()
-    for file in files:
-        parts.append(read_columns(file, env))
-        with open(file, "rb") as content:
-            hashlib.file_digest(content, lambda: digest)
-    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}  # twice at most
-    return Dataset(columns, env.frame_stack), digest.hexdigest()
-
-
-# Learning ------------------------------------------------------------------------------------------------------------
-class PLAS:
+class PLAS(nn.Module):
     """Networks, optimizers and updates; an update takes a batch, does one step, returns detached tensors."""
 
-    def __init__(self, args: Args, env: gym.Env, device: torch.device) -> None:
-        """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `resolve`)."""
+    def __init__(self, args: Args, env: PixelEnv, device: torch.device) -> None:
+        """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `check`)."""
+        super().__init__()
         self.args, self.device, self.signals = args, device, SIGNALS[args.encoder_signal]
-        channels, *size = env.observation_space.shape
-        (self.action_dim,) = env.action_space.shape
-        shape = channels, tuple(size), args.num_layers, args.num_filters
-        self.encoder = Encoder(*shape, args.feature_dim)
-        # The VAE's own view with `separate`; else the same network, so that one pass serves both.
-        separate = args.encoder_signal == "separate"
-        self.vae_encoder = Encoder(*shape, args.feature_dim) if separate else self.encoder
-        self.picture_decoder = PictureDecoder(self.encoder, *shape) if "reconstruction" in self.signals else None
+        self.action_dim = env.action_dim
+        sizes = env.observation_space.shape[0], env.size, args.num_layers, args.num_filters, args.feature_dim
+        self.encoder = self.vae_encoder = Encoder(*sizes)  # one network, so that one pass serves critics and VAE
+        if args.encoder_signal == "separate":
+            self.vae_encoder = Encoder(*sizes)
+        self.picture_decoder = None
+        if "reconstruction" in self.signals:
+            self.picture_decoder = PictureDecoder(self.encoder, env.size)
         self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim)
         self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim)
         self.policy = LatentPolicy(args.feature_dim, self.vae.latent_dim, args.hidden_dim, args.max_latent_action)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
-        for module in self.modules().values():
-            module.to(device)
-
-        def adam(rate: float, *modules: nn.Module) -> torch.optim.Adam:
-            return torch.optim.Adam([p for m in modules for p in m.parameters()], lr=rate, fused=True)
-
-        views = [self.encoder, *[self.vae_encoder] * separate, *[self.picture_decoder] * bool(self.picture_decoder)]
-        self.encoder_optimizer = adam(args.learning_rate, *views) if self.signals else None  # none: it stays as drawn
-        self.critic_optimizer = adam(args.learning_rate, self.critic)
-        self.vae_optimizer = adam(args.learning_rate, self.vae)
-        self.policy_optimizer = adam(args.policy_learning_rate, self.policy)
+        self.to(device)
         self.online = [*self.critic.parameters(), *self.policy.parameters()]  # in the order of self.targets
         self.targets = [*self.target_critic.parameters(), *self.target_policy.parameters()]
+
+        rates = {"critic": args.learning_rate, "vae": args.learning_rate, "policy": POLICY_LEARNING_RATE}
+        trained = {name: list(getattr(self, name).parameters()) for name in rates}
+        if self.signals:  # else the encoder stays as it was drawn
+            views = [part for part in (self.encoder, self.vae_encoder, self.picture_decoder) if part is not None]
+            rates["encoder"], trained["encoder"] = args.learning_rate, list(nn.ModuleList(views).parameters())
+        self.optimizers = {name: torch.optim.Adam(trained[name], lr=rate, fused=True) for name, rate in rates.items()}
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products with `--bf16`; weights, losses and optimizers stay in float32."""
@@ -618,23 +559,25 @@ class PLAS:
         Each head reads the features, or, where its loss shall not train the encoder, the features detached. So a single
         backward of the sum gives every parameter its own losses' gradient, and the order of calls cannot matter.
         """
-        noise = self.draw_noise(len(batch.reward)) if noise is None else noise
+        noise = noise or self.draw_noise(len(batch.reward))
         target = None if pretraining else self.critic_target(batch, noise)
         with self.autocast():
             with torch.set_grad_enabled(bool(self.signals)):
                 feature, vae_feature = self.views(batch.observation)
             vae_input = vae_feature if "vae" in self.signals else vae_feature.detach()
-            parts = self.vae_loss(vae_input, batch, noise["vae"])
-            losses = dict(zip(("vae", "vae_action", "vae_kl"), parts, strict=True))
+            loss, action_error, kl = self.vae_loss(vae_input, batch, noise["vae"])
+            losses = {"vae": loss, "vae_action": action_error, "vae_kl": kl}
             if self.picture_decoder is not None:
                 losses["reconstruction"] = self.picture_loss(feature, batch)
+                loss = loss + losses["reconstruction"]
             if not pretraining:
                 critic_input = feature if "critic" in self.signals else feature.detach()
                 losses["td"] = self.critic_loss(critic_input, batch, target)
-        optimizers = [o for o in (self.vae_optimizer, self.encoder_optimizer, self.critic_optimizer) if o]
+                loss = loss + losses["td"]
+        optimizers = [optimizer for name, optimizer in self.optimizers.items() if name != "policy"]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        sum(losses[name] for name in ("vae", "reconstruction", "td") if name in losses).backward()
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()  # what no loss reached has no gradient and stays
         if not pretraining:
@@ -652,42 +595,17 @@ class PLAS:
         """
         with self.autocast():
             loss = -self.critic.first(feature, self.vae.decode(vae_feature, self.policy(feature))).mean()
-        self.policy_optimizer.zero_grad()
+        self.optimizers["policy"].zero_grad()
         loss.backward(inputs=list(self.policy.parameters()))
-        self.policy_optimizer.step()
+        self.optimizers["policy"].step()
         return {"policy": loss}
-
-    def gradient_statistics(self, batch: Batch) -> dict[str, float]:
-        """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
-
-        With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
-        """
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            noise = self.draw_noise(len(batch.reward))
-        target = self.critic_target(batch, noise)
-        losses = {
-            "critic": (self.encoder, lambda feature: self.critic_loss(feature, batch, target)),
-            "vae": (self.vae_encoder, lambda feature: self.vae_loss(feature, batch, noise["vae"])[0]),
-        }
-        if self.picture_decoder is not None:
-            losses["reconstruction"] = self.encoder, lambda feature: self.picture_loss(feature, batch)
-        gradients, result = [], {}
-        for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
-            with self.autocast():
-                value = loss(encoder(batch.observation))
-            parts = torch.autograd.grad(value, list(encoder.parameters()))
-            gradients.append(torch.cat([part.flatten() for part in parts]))
-            result[f"charts/encoder_gradient_{name}"] = float(gradients[-1].norm())
-        if self.vae_encoder is self.encoder:
-            result["charts/encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients[:2], 0))
-        return result
 
     @torch.no_grad()
     def act(self, observation: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Actions (N, A) for pictures (N, C, H, W) uint8, and the first critic's values (N,) of them."""
         count, noise = len(observation), None
         if self.args.policy == "argmax":
-            shape = count, self.args.acting_candidates, self.vae.latent_dim
+            shape = count, ACTING_CANDIDATES, self.vae.latent_dim
             noise = torch.randn(shape, generator=generator).to(self.device)
         with self.autocast():
             action, feature = self.proposals(torch.from_numpy(observation).to(self.device), self.policy, noise)
@@ -695,58 +613,21 @@ class PLAS:
         action = action.view(count, -1, self.action_dim)[torch.arange(count), best]
         return action.cpu().numpy(), value.cpu().numpy()
 
-    @torch.no_grad()
-    def features(self, observation: np.ndarray) -> np.ndarray:
-        """The critics' features (N, F) of pictures (N, C, H, W) uint8."""
-        with self.autocast():
-            parts = torch.from_numpy(observation).to(self.device).split(256)
-            return torch.cat([self.encoder(part) for part in parts]).cpu().numpy()
-
-    @torch.no_grad()
-    def prior_action_error(self, batch: Batch) -> float:
-        """Mean squared error of the action decoded from z = 0: whether the state alone tells the data's action."""
-        with self.autocast():
-            feature = self.vae_encoder(batch.observation)
-            action = self.vae.decode(feature, torch.zeros(len(feature), self.vae.latent_dim, device=self.device))
-        return float(F.mse_loss(action, batch.action))
-
-    def modules(self) -> dict[str, nn.Module]:
-        """All networks by name."""
-        named = {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
-        if self.vae_encoder is self.encoder:
-            del named["vae_encoder"]
-        return named
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        optimizers = {name: value for name, value in vars(self).items() if isinstance(value, torch.optim.Optimizer)}
-        return {name: part.state_dict() for name, part in {**self.modules(), **optimizers}.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, or any of its parts."""
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
-
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(
-    agent: PLAS, environments: list[gym.Env], seed: int, stopped: Callable[[], Any] = lambda: False, first: int = 0
-) -> dict[str, float]:
+def evaluate(agent: PLAS, environments: list[gym.Env], seed: int, first: int = 0) -> dict[str, float]:
     """Play one episode in each environment, in lock-step, and compare the critic with the returns that followed.
 
     Episode i, counted from `first`, always has `episode_seed(seed, i, stream=1)`; training's random streams are not
     touched. Returns `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias`,
     `q_correlation` of Q(s, pi(s)) against the discounted return from there, over those states after which at least 90 %
-    of the discounted future was seen. `q_start_*` are the same over the first states among them. Nothing, once
-    `stopped()` is true.
+    of the discounted future was seen. `q_start_*` are the same over the first states among them.
     """
     generator = torch.Generator().manual_seed(seed)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments, first)]
     traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
     ended, active = [False] * len(environments), list(range(len(environments)))
     while active:
-        if stopped():
-            return {}
         actions, values = agent.act(np.stack([observations[i] for i in active]), generator)
         running = []
         for i, action, value in zip(active, actions, values.tolist(), strict=True):
@@ -779,98 +660,354 @@ def evaluate(
     return result
 
 
-def record_videos(agent: PLAS, args: Args, folder: Path, stopped: Callable[[], Any]) -> list[Path]:
-    """Write mp4 videos of the first three evaluation episodes and return their paths."""
-    env, dm_control = make_env(args), args.env_id.startswith("dm_control/")
-    fps = 1.0 / env.unwrapped.control_timestep() if dm_control else env.metadata.get("render_fps", 30)
-    recorder = gym.wrappers.RecordVideo(
-        env, str(folder), episode_trigger=lambda _: True, name_prefix="evaluation",
-        fps=max(1, round(fps / args.action_repeat)), disable_logger=True,
-    )  # fmt: skip
-    for i in range(3):
-        evaluate(agent, [recorder], args.seed, stopped, first=i)
-    recorder.close()
-    return sorted(folder.glob("evaluation-*.mp4"))
+# Main ----------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> Path:
+    """Train one agent and return its run folder."""
+    try:
+        check(args)
+        env, *environments = (make_env(args) for _ in range(1 + args.eval_episodes))
+        check_pictures(args, env)
+        dataset, digest = find_dataset(args, env)
+    except ValueError as error:
+        usage_error(str(error))
+    with Run(args) as run:
+        device = set_up_torch(args)
+        if max(env.size) < 64:
+            torch.set_num_threads(1)  # these products are too small for two threads
+        keep_freed_memory()
+        agent, dataset = PLAS(args, env, device), dataset.to(device)
+        count = min(2_000, len(dataset.rows))
+        fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, count, device=device).long())
+        step, seen = 0, {}
+        run.say(f"{run.name}: " + ", ".join(f"{name} {getattr(args, name)}" for name in DEFAULTS_BY_ENVIRONMENT[""]))
+        run.unless_stopped(lambda: seen.update(play_at_random(env, args)))
+        if not run.checkpoint:
+            run.unless_stopped(lambda: seen.update(levels=reference_levels(env, dataset, args)))
+        if run.signal:
+            run.stop()  # nothing has been learnt
+        if run.checkpoint:
+            with run.restoring():
+                if run.checkpoint["dataset"] != digest:
+                    usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
+                step, seen["levels"] = run.checkpoint["step"], run.checkpoint["levels"]
+                agent.load_state_dict(run.checkpoint["agent"])
+                for name, optimizer in agent.optimizers.items():
+                    optimizer.load_state_dict(run.checkpoint[f"{name}_optimizer"])
+        levels = ", ".join(f"{name} {value:.2f}" for name, value in seen["levels"].items())
+        size = f"{len(dataset.rows):,} transitions of {len(dataset.starts):,} episodes"
+        run.say(f"{run.name}: {size}; mean returns: {levels}")
+
+        def evaluate_agent() -> None:
+            """Evaluate at this step, keep the best model, log it."""
+            metrics = evaluate(agent, environments, args.seed) | measure(agent, fixed, **seen)
+            if all(metrics["episodic_return"] >= row["episodic_return"] for row in run.eval_rows):
+                run.save_model("best_model.pt", {"agent": agent.state_dict()})
+            run.log_evaluation(step, metrics)
+
+        def state() -> dict[str, Any]:
+            """What a resumed run needs."""
+            optimizers = {f"{name}_optimizer": part.state_dict() for name, part in agent.optimizers.items()}
+            return {"agent": agent.state_dict(), **optimizers, "dataset": digest, "levels": seen["levels"]}
+
+        losses: dict[str, Tensor] = {}
+        warning = "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
+        run.writer.add_text("losses/td", warning)
+        while True:
+            last = step == args.total_timesteps
+            if step and (last or step % args.eval_frequency == 0) and not run.evaluated(step):
+                run.unless_stopped(evaluate_agent)
+            if run.signal or (step and (last or step % args.checkpoint_frequency == 0)):
+                run.save_checkpoint(step, state())
+            if run.signal and not (last and run.evaluated(step)):
+                run.stop()
+            if last:
+                break
+            batch = dataset.sample(args.batch_size, args.random_shift)
+            step += 1
+            losses |= agent.update(batch, pretraining=step <= args.pretrain_steps)
+            run.progress(step, f"return {run.eval_rows[-1]['episodic_return']:.2f}" if run.eval_rows else "")
+            every = 500, args.eval_frequency, args.checkpoint_frequency, args.total_timesteps
+            if run.signal or not all(step % frequency for frequency in every):
+                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+                charts = {f"charts/{name}": value for name, value in gradient_statistics(agent, batch).items()}
+                run.log(step, {"charts/SPS": run.steps_per_second(step), **charts})
+        run.save_model("model.pt", {"agent": agent.state_dict()})
+
+        def draw() -> None:
+            """The curves, and what the decoder makes of pictures."""
+            run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, seen["levels"], run.name))
+            if agent.picture_decoder is not None:
+                run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
+
+        def film() -> None:
+            """Videos of evaluation episodes."""
+            run.log_videos(step, record_videos(agent, args, run.folder / "videos"))
+
+        run.finish(step, state(), draw, *([film] if args.capture_video else []))
+    score = "return {episodic_return:.2f}, squared error of Q {q_error:.3f}".format(**run.eval_rows[-1])
+    print(f"last evaluation: {score}; see {run.folder}")
+    return run.folder
 
 
-def probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
+# Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
+def check(args: Args) -> None:
+    """Fill in what depends on the environment. Raises ValueError with one line about what cannot work."""
+    args.env_id = re.sub(r"^([a-z]\w*-(?!v\d+$)[a-z]\w*)$", r"dm_control/\1-v0", args.env_id)  # finger-spin
+    own = DEFAULTS_BY_ENVIRONMENT.get(args.env_id.split("-")[0], {})
+    for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **own}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.encoder_signal not in SIGNALS:
+        near = difflib.get_close_matches(args.encoder_signal, SIGNALS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--encoder-signal {args.encoder_signal}: one of {', '.join(SIGNALS)} expected{hint}")
+    least = {name: 1 for name, value in asdict(args).items() if type(value) is int}
+    least |= dict.fromkeys(("seed", "pretrain_steps", "random_shift", "camera"), 0)
+    check_numbers(args, least, {"gamma": 1, "tau": 1, "soft_minimum": 1})
+    if args.pretrain_steps >= args.total_timesteps:
+        steps = f"--pretrain-steps {args.pretrain_steps} of --total-timesteps {args.total_timesteps}"
+        raise ValueError(f"{steps}: critics and policy would learn nothing; raise that or lower this")
+    if args.collect not in (None, "random"):
+        raise ValueError(f"--collect {args.collect}: random expected; benchmark/plas_data.py --collect has other kinds")
+    pixels, filters, collecting = args.image_size**2, args.num_filters * args.num_layers, args.collect is not None
+    check_memory({  # in bytes, about
+        "--batch-size, --image-size, --frame-stack, --num-layers, --num-filters":
+            args.batch_size * pixels * (36 * args.frame_stack + 2 * filters) + 150 * filters * args.num_filters,
+        "--feature-dim": 4 * args.num_filters * pixels * args.feature_dim,
+        "--hidden-dim": 100 * args.hidden_dim * (args.hidden_dim + args.feature_dim),
+        "--candidates": 8 * args.candidates * args.batch_size * args.hidden_dim,
+        "--eval-episodes": args.eval_episodes * (10_000 + 6 * pixels * args.frame_stack),
+        "--collect-steps": 6 * pixels * args.collect_steps * collecting,
+    })  # fmt: skip
+
+
+def check_memory(needs: dict[str, float]) -> None:
+    """Raise ValueError if what these need, in bytes by name, is more than the machine's memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return
+    if sum(needs.values()) > memory:
+        name = max(needs, key=lambda name: needs[name])
+        sizes = f"about {needs[name] / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**30:,.1f}"
+        raise ValueError(f"{name} needs {sizes}; take less")
+
+
+def check_pictures(args: Args, env: PixelEnv) -> None:
+    """Raise ValueError if the pictures are too small for the layers or the shifts."""
+    Encoder(1, env.size, args.num_layers, 1, 1)
+    if args.random_shift >= min(env.size):
+        raise ValueError(f"--random-shift {args.random_shift}: less than the pictures' {min(env.size)} expected")
+
+
+# Measures of the study -----------------------------------------------------------------------------------------------
+def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
+    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
+
+    With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
+    """
+    with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+        noise = agent.draw_noise(len(batch.reward))
+    target = agent.critic_target(batch, noise)
+    losses = {
+        "critic": (agent.encoder, lambda feature: agent.critic_loss(feature, batch, target)),
+        "vae": (agent.vae_encoder, lambda feature: agent.vae_loss(feature, batch, noise["vae"])[0]),
+    }
+    if agent.picture_decoder is not None:
+        losses["reconstruction"] = agent.encoder, lambda feature: agent.picture_loss(feature, batch)
+    gradients, result = [], {}
+    for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
+        with agent.autocast():
+            value = loss(encoder(batch.observation))
+        parts = torch.autograd.grad(value, list(encoder.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+        result[f"encoder_gradient_{name}"] = float(gradients[-1].norm())
+    if agent.vae_encoder is agent.encoder:
+        result["encoder_gradient_cosine"] = float(F.cosine_similarity(*gradients[:2], 0))
+    return result
+
+
+@torch.no_grad()
+def prior_action_error(agent: PLAS, batch: Batch) -> float:
+    """Mean squared error of the action decoded from z = 0: whether the state alone tells the data's action."""
+    with agent.autocast():
+        feature = agent.vae_encoder(batch.observation)
+        action = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
+    return float(F.mse_loss(action, batch.action))
+
+
+@torch.no_grad()
+def linear_probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
     """R2 of the true state (N, S) by ridge regression on the features: fitted on one half, scored on the other.
 
-    The mean over the dimensions of the state that vary.
+    The mean over the dimensions of the state that vary (nan, if none does); `pictures` are (N, C, H, W) uint8.
     """
-    features = agent.features(pictures).astype(np.float64)
+    with agent.autocast():
+        parts = torch.from_numpy(pictures).to(agent.device).split(256)
+        features = torch.cat([agent.encoder(part) for part in parts]).cpu().numpy().astype(np.float64)
     features = np.concatenate((features, np.ones((len(features), 1))), 1)
     half, states = len(features) // 2, states[:, states.std(0) > 1e-6]
+    if not states.size:
+        return math.nan
     fit, x, y = features[:half], features[half:], states[half:]
     weights = np.linalg.solve(fit.T @ fit + 1e-3 * np.eye(fit.shape[1]), fit.T @ states[:half])
     error = np.square(x @ weights - y).mean(0) / y.var(0)
     return float(1.0 - error.mean())
 
 
-def sac_ae_policy(path: Path, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
-    """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it is none or does not fit `env`."""
+def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, float]:
+    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert."""
+    levels = {"behaviour": float(dataset.returns.mean())}
+    policies: dict[str, Callable] = {"random": uniform(env, np.random.default_rng(args.seed))}
+    if hasattr(env.unwrapped, "expert_action"):
+        policies["expert"] = lambda _: env.unwrapped.expert_action()  # in [-1, 1], whatever the bounds
+    for name, act in policies.items():
+        seeds = (episode_seed(args.seed, i, stream=1) for i in range(min(args.eval_episodes, 20)))
+        levels[name] = float(np.mean([sum(row[2] for row in play(env, act, seed)) for seed in seeds]))
+    return levels
+
+
+def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
+    """What the probe reads, `pictures` and `states`, of short episodes: more kinds of states than a policy visits."""
+    wide = collect(env, 2_000, args.seed + 1, longest=10)
+    stacks = Dataset(wide, args.frame_stack)
+    pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
+    return {"pictures": pictures, "states": wide["state"][stacks.rows - 1]}
+
+
+def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
+    """What the study looks at beside returns and values, on a fixed batch and on `play_at_random`'s."""
+    metrics = {
+        "prior_action_error": prior_action_error(agent, fixed),
+        "probe_r2": linear_probe(agent, pictures, states),
+    }
+    return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
+
+
+# Data: read, and played at random ------------------------------------------------------------------------------------
+def need(holds: bool, message: str) -> None:
+    """Raise ValueError with this line if something does not hold."""
+    if not holds:
+        raise ValueError(message)
+
+
+def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:
+    """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
+    here = {"image_size": env.size[0], "frame_stack": env.args.frame_stack, "action_repeat": env.args.action_repeat}
+    here |= {"env_id": env.spec.id} if env.spec else {}
+    other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
+    need(not other, f"{path} was made with {' '.join(other)}, not as here; use the same")
+
+
+def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """One npz file's columns, and what it says of its making. Raises ValueError with one line about what is wrong."""
+    fields = (  # name, dtype, shape of a row, whether it must be there
+        ("image", np.uint8, (*env.size, 3), True), ("action", np.float32, env.action_space.shape, True),
+        ("reward", np.float32, (), True), ("discount", np.float32, (), False),
+        ("is_first", bool, (), False), ("is_last", bool, (), False), ("is_terminal", bool, (), False),
+    )  # fmt: skip
+    need(zipfile.is_zipfile(path), f"{path} is not an npz file; convert it to npz, or restore it, if it was one")
     try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        weights, theirs = model["actor"], json.loads(model["arguments"])
-        actions = len(weights["trunk.4.bias"]) // 2
-    except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"{path} is not a model of sac_ae_pixels.py ({type(error).__name__})") from None
-    check_settings(path, {name: theirs[name] for name in theirs if name != "env_id"}, env)  # its task may be another
-    if actions != env.action_space.shape[0]:
-        raise ValueError(f"{path} has {actions} actions, the environment {env.action_space.shape[0]}")
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name, *_ in fields if name in file}
+            settings = ("action_repeat", "frame_stack", "env_id", "collect", "first_seed")
+            made_with = {name: file[name].item() for name in settings if name in file}
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: it is encrypted
+        raise ValueError(f"{path} is not an npz file ({type(error).__name__}); restore it") from None
+    except (TypeError, ValueError) as error:
+        objects = "holds Python objects" if "allow_pickle" in str(error) else f"is damaged ({error})"
+        raise ValueError(f"{path} {objects}; save plain arrays of numbers") from None
+    check_settings(path, made_with, env)
+    rows = columns["image"].shape[:1] if "image" in columns else ()
+    for name, dtype, shape, required in fields:
+        if name not in columns:
+            need(not required, f"{path} lacks {name}; image, action and reward are needed")
+            continue
+        values, shape = columns[name], (*rows, *shape)
+        numbers = values.dtype == np.uint8 if name == "image" else values.dtype.kind in "biuf"
+        expected = f"expected {name} {shape} of {np.dtype(dtype)}, as the environment's (see --image-size)"
+        got = f"got {values.shape} of {values.dtype}"
+        need(numbers and values.shape in (shape, (*shape, 1)), f"{path}: {expected}, {got}")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+            columns[name] = values.reshape(shape).astype(dtype, copy=False)
+        need(dtype is not bool or (columns[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
+    need(rows[0] > 0, f"{path} has no rows")
+    return {**columns, **find_episodes(path, columns)}, made_with
 
-    def layer(name: str) -> tuple[Tensor, Tensor]:
-        return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
-    @torch.no_grad()
-    def act(_: gym.Env, observation: np.ndarray) -> np.ndarray:
-        hidden = torch.from_numpy(observation)[None] / 255.0
-        for i in range(theirs["num_layers"]):
-            hidden = F.relu(F.conv2d(hidden, *layer(f"encoder.convs.{i}"), stride=1 if i else 2))
-        hidden = F.linear(hidden.permute(0, 2, 3, 1).flatten(1), *layer("encoder.fc"))
-        hidden = torch.tanh(F.layer_norm(hidden, hidden.shape[1:], *layer("encoder.ln")))
-        for name in ("trunk.0", "trunk.2"):
-            hidden = F.relu(F.linear(hidden, *layer(name)))
-        return torch.tanh(F.linear(hidden, *layer("trunk.4")).chunk(2, 1)[0])[0].numpy()
+def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`is_first` and `discount` (M,) by all markers of a file. Raises ValueError with one line where they are wrong."""
+    terminal = columns.get("is_terminal", np.zeros(len(columns["image"]), bool))
+    last, discount = columns.get("is_last"), columns.get("discount", np.float32(1.0) - terminal)
+    first = columns.get("is_first")
+    if first is None:  # a file without any marker is one episode, as V-D4RL's are
+        first = np.append(True, (terminal if last is None else last)[:-1])
+    need(first[0], f"{path}: the first row of an episode expected at the start, is_first is false there")
+    short = (np.diff(first.nonzero()[0], append=len(first)) < 2).sum()
+    need(not short, f"{path}: {short} episodes have a length of 0; leave them out")
+    ends = np.append(first[1:], True)
+    wrong = terminal & ~ends
+    if last is not None:
+        wrong[:-1] |= (last != ends)[:-1]  # the file's end may cut an episode
+    marks = "is_first, is_last and is_terminal contradict each other"
+    need(not wrong.any(), f"{path}: {marks} after row {wrong.argmax()}")
+    wrong = ((discount == 0.0) != terminal) & ~first if "is_terminal" in columns else ~ends & False
+    need(not wrong.any(), f"{path}: discount and is_terminal contradict each other in row {wrong.argmax()}")
+    for name, values in (("action", columns["action"]), ("reward", columns["reward"]), ("discount", discount)):
+        bad = ~np.isfinite(values[~first]).reshape((~first).sum(), -1).all(1)  # first rows may hold nan
+        need(not bad.any(), f"{path}: {bad.sum()} of {len(bad)} values of {name} are not finite")
+    probability = (discount >= 0.0) & (discount <= 1.0) | first
+    need(probability.all(), f"{path}: discount between 0 and 1 expected")
+    beyond = np.abs(columns["action"][~first]).max(1) - 1.0
+    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
+    need(beyond.max() <= 1e-4, f"{path}: {outside}")
+    return {"is_first": first, "discount": discount}
 
-    return act
 
+def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
+    """Read an npz file, or all of a folder in the order of their names.
 
-def behaviour(name: str, generator: np.random.Generator, env: gym.Env) -> Callable[[gym.Env, np.ndarray], np.ndarray]:
-    """A policy (environment, observation) -> action (A,): random, expert (scripted), medium, or a model's.
-
-    Medium is the expert with a quarter of its actions random and noise of 0.5 on the others.
+    Returns the dataset, its sha256, and what its first file says of its making. Columns: `image` (M, H, W, 3) uint8,
+    `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal` (M,), `is_first` (M,) or `is_last` (M,)
+    (a file without any mark is one episode); `action_repeat`, `frame_stack` and `env_id` are compared with those of
+    `env`, if they are there. Raises ValueError with one line about what is wrong, OSError where it cannot be read.
     """
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix == ".npz" and not each.name.startswith("."))
+        need(bool(files), f"there is no npz file in {path}; convert the data, or name another folder")
+    need(files[0].exists(), f"there is no dataset {path}; name an npz file or a folder, or add --collect random")
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: digest)
+    archives = [zipfile.ZipFile(file).infolist() for file in files if zipfile.is_zipfile(file)]
+    check_memory({str(path): 2 * sum(entry.file_size for archive in archives for entry in archive)})
+    parts, settings = zip(*[read_file(file, env) for file in files], strict=True)
+    names = ("image", "is_first", "action", "reward", "discount")
+    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}  # twice at most
+    if np.nan_to_num(columns["action"][columns["is_first"]]).any(1).mean() > 0.5:
+        order = "as in D4RL, where a row's action comes after its picture; here it comes before (see the docs)"
+        print(f"warning: {path}: the first rows of episodes hold actions, {order}", file=sys.stderr)
+    return Dataset(columns, env.args.frame_stack), digest.hexdigest(), settings[0]
 
-    def uniform() -> np.ndarray:
-        return generator.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
 
-    def expert(env: gym.Env, _: np.ndarray) -> np.ndarray:
-        if not hasattr(env.unwrapped, "expert_action"):
-            raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random or a model.pt")
-        return env.unwrapped.expert_action()  # in [-1, 1], whatever the environment's bounds
-
-    def medium(env: gym.Env, observation: np.ndarray) -> np.ndarray:
-        noisy = expert(env, observation) + 0.5 * generator.standard_normal(env.action_space.shape)
-        return uniform() if generator.random() < 0.25 else noisy.clip(-1.0, 1.0).astype(np.float32)
-
-    known = {"random": lambda *_: uniform(), "medium": medium, "expert": expert, "scripted": expert}
-    if name in known:
-        return known[name]
-    if not Path(name).is_file():
-        raise ValueError(f"--collect {name}: random, medium, scripted or a model.pt expected")
-    return sac_ae_policy(Path(name), env)
+def uniform(env: PixelEnv, generator: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """A policy (observation) -> action (A,) that draws uniformly."""
+    return lambda _: generator.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
 
 
-def play(env: gym.Env, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
-    """The rows of one episode, of at most `longest` steps, in the order of `as_columns`."""
+def play(env: PixelEnv, act: Callable, seed: int, longest: float = math.inf) -> Iterator[tuple]:
+    """The rows of one episode, of at most `longest` steps: picture, action, reward, discount, is_first, state."""
     observation, info = env.reset(seed=seed)
-    yield observation[-3:].copy(), np.zeros(env.action_space.shape, np.float32), 0.0, 1.0, True, info["state"]
+    none = np.zeros(0)
+    yield observation[-3:].copy(), np.zeros(env.action_dim, np.float32), 0.0, 1.0, True, info.get("state", none)
     length, done = 0, False
     while not done:
-        action = act(env, observation)
+        action = act(observation)
         observation, reward, terminated, truncated, info = env.step(action)
-        yield observation[-3:].copy(), action, reward, 1.0 - terminated, False, info["state"]
+        yield observation[-3:].copy(), action, reward, 1.0 - terminated, False, info.get("state", none)
         length += 1
         done = terminated or truncated or length >= longest
 
@@ -884,293 +1021,82 @@ def as_columns(rows: list[tuple]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def collect(env: gym.Env, policy: str, steps: int, seed: int, longest: float = math.inf) -> dict[str, np.ndarray]:
-    """Play episodes, of at most `longest` steps, for at least `steps` steps in all.
-
-    Returns columns as `load` describes them, and `state` (M, S).
-    """
-    act, rows, episode = behaviour(policy, np.random.default_rng(seed), env), [], 0
+def collect(
+    env: PixelEnv, steps: int, seed: int, longest: float = math.inf, act: Callable | None = None
+) -> dict[str, np.ndarray]:
+    """Columns of episodes, of at most `longest` steps, for at least `steps` steps in all; at random without `act`."""
+    rows, episode, act = [], 0, act or uniform(env, np.random.default_rng(seed))
     while len(rows) - episode < steps:  # an episode has a row more than steps
         rows += play(env, act, episode_seed(seed, episode, stream=4), longest)
         episode += 1
     return as_columns(rows)
 
 
-def find_dataset(args: Args, env: gym.Env) -> tuple[Dataset, str]:
-    """Load `args.dataset`, and collect it before if it is missing and may be. Raises ValueError with one line."""
-    path, policy = Path(args.dataset), args.collect
-    if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
-        path, policy = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
-    elif not path.exists() and path.suffix != ".npz":
-        named = path.with_name(path.name + ".npz")
-        path = named if policy or named.exists() else path
-    if not path.exists() and policy:
-        print(f"collecting {args.collect_steps:,} steps ({policy}) into {path}")
-        about = {"action_repeat": args.action_repeat, "env_id": env.spec.id}
-        own = path.with_name(f"{path.stem}-{os.getpid()}.npz")  # other runs may collect the same at the same time
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            columns = collect(env, policy, args.collect_steps, seed=0)  # the same data for every --seed
-            write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}; choose another --dataset") from None
-        if path.exists():
-            own.unlink()
-        else:
+def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **about: Any) -> None:
+    """Write a dataset at once, as other processes may be making the same. Raises OSError, and leaves nothing then."""
+    own = path.with_name(f".{path.stem}-{os.getpid()}.npz")
+    about |= {"action_repeat": env.args.action_repeat, "env_id": env.spec.id}
+    try:
+        write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
+        if not path.exists():
             own.replace(path)
-    return load(path, env)
+    finally:
+        for left in (own, own.with_name(own.name + ".tmp")):
+            left.unlink(missing_ok=True)
 
 
-# --- run folder, logging, checkpoints: the same text in every script ---
-def usage_error(message: str) -> NoReturn:
-    """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
-    raise SystemExit(2)
+def make_dataset(path: Path, kind: str, args: Args, env: PixelEnv) -> None:
+    """Collect and write a dataset, the same for every --seed. Raises ValueError with one line, and OSError."""
+    print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if kind == "random":
+            columns = collect(env, args.collect_steps, seed=0)
+            return write_columns(path, env, columns, collect=kind, first_seed=episode_seed(0, 0, stream=4))
+        tool = Path(__file__).resolve().with_name("benchmark") / "plas_data.py"
+        need(tool.exists(), f"{path} is made by benchmark/plas_data.py, which is not here; try --dataset random")
+        settings = {"env": args.env_id, "action-repeat": args.action_repeat, "steps": args.collect_steps, "seed": 0}
+        flags = [f"--{name}={value}" for name, value in {**settings, "collect": kind, "file": path}.items()]
+        made = subprocess.run([sys.executable, str(tool), *flags], stderr=subprocess.PIPE, text=True)
+        need(not made.returncode, (made.stderr.splitlines() or [f"{tool} failed"])[-1].removeprefix("error: "))
+    except KeyboardInterrupt:
+        print(f"stopped while collecting; {path} is not written", file=sys.stderr)
+        raise
 
 
-def episode_seed(seed: int, index: int, stream: int = 0) -> int:
-    """The reset seed of one episode: a pure function, so that each can be replayed alone (stream 1: evaluation)."""
-    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
+    """Whether the environment does what the first steps of a collected file say: its code may have changed since."""
+    picture, _ = env.reset(seed=seed)
+    same = np.array_equal(picture[-3:], dataset.images[0].numpy())
+    for action, reward in zip(dataset.action[:5].numpy(), dataset.reward[:5].tolist(), strict=True):
+        _, now, terminated, truncated, _ = env.step(action)
+        same = same and np.float32(now) == reward
+        if terminated or truncated:
+            break
+    return same
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the new, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-class Run:
-    """The run folder, everything that is written into it, and the signals that end a run."""
-
-    def __init__(self, args: Args) -> None:
-        """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
-        if args.resume and not args.run_name:
-            usage_error("--resume needs the --run-name of the run to continue")
-        if args.track:
-            try:
-                import wandb
-            except ModuleNotFoundError:
-                usage_error("--track needs wandb; try pip install wandb, or leave it out")
-        if args.capture_video and importlib.util.find_spec("moviepy") is None:
-            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
-        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.name = re.sub(r"[/\\:]", "-", name)
-        if self.name in ("", ".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
-            usage_error(f"--run-name {name[:50]!r}: a plain folder name of at most 200 bytes expected")
-        self.folder = Path(args.runs_dir) / self.name
-        self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
-        self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
-        if self.folder.exists() and not args.resume:
-            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        if self.folder.exists():
-            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"it is a file"}
-            if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
-                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=args.resume)
-            self.lock = self.take_lock()
-        except FileExistsError:  # another process was faster
-            usage_error(f"{self.folder} exists; choose another --run-name")
-        except OSError as error:
-            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
-        if args.resume:
-            self.load_checkpoint()
-        if self.checkpoint is None:
-            commit = None
-            with contextlib.suppress(OSError):  # no git here
-                git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-                commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-            about = {
-                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
-                "commit": commit, "python": sys.version.split()[0],
-                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-            }  # fmt: skip
-            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
-            shutil.copy(__file__, self.folder / Path(__file__).name)
-        step = self.checkpoint["step"] if self.checkpoint else 0
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
-        if args.track:
-            try:
-                wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
-                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
-                )  # fmt: skip
-            except Exception as error:  # no key, a bad name, no network; nothing is removed: it may be a run of old
-                hint = "run `wandb login`" if "key" in str(error) or "login" in str(error) else "change the name"
-                hint += f", or set WANDB_MODE=offline, and go on with --run-name {self.name} --resume"
-                usage_error(f"wandb: {error}; {hint}")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb = wandb
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
-        self.started = self.shown = self.window_time = time.monotonic()
-        self.window_step = step
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def take_lock(self) -> BinaryIO:
-        """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
-        file = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
-        except (NameError, OSError) as error:  # not on this system, or not on this file system
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
-        return file
-
-    def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
-        self.signal = number
-        if self.at_once:
-            raise KeyboardInterrupt
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        for name, value in metrics.items():
-            if name.startswith("losses/") and not math.isfinite(value):
-                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
-            self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log({**metrics, "global_step": step})
-
-    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
-        self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.eval_rows.append({"step": step, **metrics})
-        self.write_evaluations()
-
-    def write_evaluations(self) -> None:
-        """Write all evaluations so far to `eval.csv`."""
-        rows = [row.values() for row in self.eval_rows]
-        lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
-        write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
-
-    def log_figure(self, step: int, name: str, figure: Any) -> None:
-        """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
-        path = self.folder / f"{name}.png"
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        figure.clear()
-        image = np.asarray(PIL.Image.open(path).convert("RGB"))
-        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
-        if self.wandb:
-            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
-
-    def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
-        if self.wandb and paths:
-            videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
-            self.wandb.log({"videos/evaluation": videos, "global_step": step})
-
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar; without a terminal, print a line every 10 seconds."""
-        self.bar.update(step - self.bar.n)
-        now = time.monotonic()
-        if now - self.shown > 10.0:
-            self.shown = now
-            self.bar.set_postfix_str(text, refresh=False)
-            if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                print(f"{self.name}: {done}, {text}", flush=True)
-
-    def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
-        then, self.window_time = self.window_time, time.monotonic()
-        steps, self.window_step = step - self.window_step, step
-        return steps / max(self.window_time - then, 1e-9)
-
-    def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
-        own = {
-            "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
-            "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        }  # fmt: skip
-        path = self.folder / "checkpoint.pt"
-        try:
-            write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
-            self.fail(f"step {step}: cannot write {path} ({error})")
-
-    def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
-        path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
-        try:
-            if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-                    raise ValueError(damaged)
-                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
-                self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
-            elif about.exists():
-                recorded = json.loads(about.read_text())
-                script, arguments = recorded["script"], dict(recorded["arguments"])
-            else:
-                return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
-            self.refuse_damaged(path if path.exists() else about, error)
-        if script != Path(__file__).stem:
-            usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
-        changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
-        if changed:
-            listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
-            usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
-        if self.checkpoint and finished:
-            print(f"{self.folder} is finished")
-            raise SystemExit(0)
-
-    @contextlib.contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line."""
-        try:
-            yield
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            self.close()
-            self.refuse_damaged(self.folder / "checkpoint.pt", error)
-
-    def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
-        usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
-
-    def restore_random_state(self) -> None:
-        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
-        with self.restoring():
-            torch.set_rng_state(self.checkpoint["torch_rng"])
-            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-        self.write_evaluations()
-
-    def fail(self, message: str) -> NoReturn:
-        """End the run with one line and status 1; the last checkpoint stays as it is."""
-        path = self.folder / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        self.close()
-        print(f"error: {message}; {last}", file=sys.stderr)
-        raise SystemExit(1)
-
-    def stop(self) -> NoReturn:
-        """End the run after a signal, with the status that a shell gives it (143 or 130)."""
-        self.close()
-        print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
-        raise SystemExit(128 + self.signal)
-
-    def close(self) -> None:
-        """Close the bar and the loggers and give the signals back."""
-        self.bar.close()
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.close()
-
-
-# --- end of the common block ---
+def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
+    """Load `args.dataset`, and collect it before if it is missing and may be. Raises ValueError with one line."""
+    path, kind = Path(args.dataset), args.collect
+    try:
+        if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
+            path, kind = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
+        elif not path.exists() and path.suffix != ".npz":
+            named = path.with_name(path.name + ".npz")
+            path = named if kind or named.exists() else path
+        found = path.exists()
+        if kind and not found:
+            make_dataset(path, kind, args, env)
+        dataset, digest, made_with = load(path, env)
+    except OSError as error:
+        raise ValueError(f"cannot read or write {path}: {error.strerror}; choose another --dataset") from None
+    if kind and found:
+        print(f"using {path}, collected by {made_with.get('collect', 'somebody')}; remove it to collect it anew")
+        if "first_seed" in made_with and not is_reproduced(dataset, env, made_with["first_seed"]):
+            changed = f"warning: {args.env_id} does not do what {path} holds: its code has changed, or how it is drawn"
+            print(f"{changed}; remove that file to collect it anew", file=sys.stderr)
+    return dataset, digest
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -1203,29 +1129,140 @@ def draw_reconstruction(agent: PLAS, batch: Batch) -> Figure:
     return figure
 
 
-# Main ----------------------------------------------------------------------------------------------------------------
-def resolve(args: Args) -> Args:
-    """Fill in what depends on the environment and check all sizes. Raises ValueError with one line."""
-    args.env_id = re.sub(r"^([a-z]\w*-(?!v\d+$)[a-z]\w*)$", r"dm_control/\1-v0", args.env_id)  # finger-spin
-    own = args.env_id.split("-")[0]
-    for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(own, {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.encoder_signal not in SIGNALS:
-        near = difflib.get_close_matches(args.encoder_signal, SIGNALS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--encoder-signal {args.encoder_signal}: one of {', '.join(SIGNALS)} expected{hint}")
-    may_be_zero = {"seed", "pretrain_steps", "random_shift", "camera"}
-    for name, value in asdict(args).items():
-        least = 1 if type(value) is int and name not in may_be_zero else 0
-        most = 1 if name in ("gamma", "tau", "soft_minimum") else 2**63 - 1 if type(value) is int else math.inf
-        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
-            expected = f"at most {most}" if value > most else f"a number of at least {least}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {expected} expected")
-    if args.pretrain_steps >= args.total_timesteps:
-        steps = f"--pretrain-steps {args.pretrain_steps} of --total-timesteps {args.total_timesteps}"
-        raise ValueError(f"{steps}: critics and policy would learn nothing; raise that or lower this")
-    return args
+def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
+    """Write mp4 videos of the first three evaluation episodes and return their paths."""
+    recorder = gym.wrappers.RecordVideo(
+        make_env(args, video=True), str(folder), episode_trigger=lambda _: True, name_prefix="evaluation",
+        disable_logger=True,
+    )  # fmt: skip
+    for i in range(3):
+        evaluate(agent, [recorder], args.seed, first=i)
+    recorder.close()
+    return sorted(folder.glob("evaluation-*.mp4"))
+
+
+# --- same text in both pixel scripts: drawing (home: sac_ae_pixels.py; see make sync) ---
+INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+
+
+def choose_opengl() -> str | None:
+    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
+
+    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
+    """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
+    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
+    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        if "MUJOCO_GL" not in os.environ:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(library)
+                os.environ["MUJOCO_GL"] = name
+    return os.environ.get("MUJOCO_GL")
+
+
+def open_environment(args: Args, size: int) -> gym.Env:
+    """The environment, which draws pictures of `size` where it can be told so. Raises ValueError with one line."""
+    opengl, env_id, options = choose_opengl(), args.env_id, {}
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # mine.py lies beside the user of --env mine:Name-v0
+    task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
+    if task or env_id.startswith("dm_control/"):
+        if opengl is None and sys.platform == "linux":
+            raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
+        try:
+            import shimmy  # noqa: F401  (registers dm_control's tasks)
+        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
+            missing = isinstance(error, ImportError) and "GL" not in str(error)
+            hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
+            raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
+        env_id = f"dm_control/{env_id}-v0" if task else env_id
+        options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
+    try:
+        # `probe` says in one line what does not fit, which Gymnasium's checker does not.
+        options |= {"render_mode": "rgb_array", "disable_env_checker": True}
+        env = gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry)
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")
+        raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
+    box = env.action_space
+    bounded = isinstance(box, gym.spaces.Box) and (np.abs([box.low, box.high]) < UNBOUNDED).all()
+    if not bounded or not math.prod(box.shape):
+        expected = f"expected a Box action space with bounds below {UNBOUNDED:g}"
+        raise ValueError(f"{expected}, but {args.env_id} has {box}")
+    return env
+
+
+def probe(env: PixelEnv) -> None:
+    """Play a step, before anything is created for a run. Raises ValueError with one line if that is not possible."""
+    try:
+        env.reset(seed=0)
+        env.step(np.zeros(env.action_dim, np.float32))
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        hint = f"; {INSTALL_OPENGL}" if "GL" in reason else ""
+        raise ValueError(f"{env.args.env_id} cannot be drawn and played: {reason}{hint}") from None
+
+
+def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A copy of a picture (H, W, 3) uint8, in this size (height, width). Raises RunError if it is none."""
+    found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise RunError(f"expected a picture (height, width, 3) uint8, got {found}")
+    height, width = size or image.shape[:2]
+    return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
+def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
+    """The size of a video, which the first picture decides, and a picture (height, width, 3) uint8 for it.
+
+    It is what the environment draws, or `seen` (3, H, W) where it observes pictures and cannot draw others.
+    """
+    picture = seen.transpose(1, 2, 0)
+    if env.render_mode == "rgb_array":
+        with contextlib.suppress(Exception):
+            picture = as_picture(env.render())
+    if size is None:
+        times = math.ceil(256 / min(picture.shape[:2]))
+        size = picture.shape[0] * times, picture.shape[1] * times
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, picture.shape[:2], strict=True))
+    return size, picture[rows][:, columns]  # the nearest pixel: what is enlarged stays sharp
+
+
+def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
+    """What draws a dm_control task's picture (S, S, 3), valid until the next; None for other environments.
+
+    It goes through dm_control itself, where a camera can be kept. Where OpenGL is software, most of the time goes into
+    the shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
+    picture is drawn; the buffer's size changes no pixel.
+    """
+    task, size, camera, drawn = env.unwrapped, args.image_size, None, None
+    if type(task).__name__ != "DmControlCompatibilityV0":
+        return None
+    env.metadata = {**env.metadata, "render_fps": 1.0 / task.control_timestep()}
+    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # drawn at each step
+
+    def draw() -> np.ndarray:
+        nonlocal camera, drawn
+        if drawn is not task.physics:  # some tasks make a new one for each episode
+            from dm_control.mujoco.engine import Camera
+
+            drawn, width = task.physics, task.render_kwargs.get("width", size)
+            quality, buffer = drawn.model.vis.quality, drawn.model.vis.global_
+            if not has_cameras:
+                quality.shadowsize = min(512, quality.shadowsize)
+                buffer.offwidth = buffer.offheight = width
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, width)
+            camera = Camera(drawn, size, size, args.camera)
+        return camera.render()
+
+    return draw
 
 
 def keep_freed_memory() -> None:
@@ -1239,127 +1276,337 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def save_model(agent: PLAS, args: Args, path: Path) -> None:
-    """Write the weights alone (and the arguments, from which `PLAS` can be built again)."""
-    state = {name: module.state_dict() for name, module in agent.modules().items() if "target" not in name}
-    write_atomically(path, lambda file: torch.save({**state, "arguments": json.dumps(asdict(args))}, file))
+# --- end of the same text ---
 
 
-def reference_levels(
-    env: gym.Env, dataset: Dataset, episodes: int, seed: int, stopped: Callable[[], Any]
-) -> dict[str, float]:
-    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert.
-
-    Incomplete, once `stopped()` is true.
-    """
-    levels = {"behaviour": float(dataset.returns.mean())}
-    for name in ("random", "expert"):
-        with contextlib.suppress(ValueError):  # no expert
-            act = behaviour(name, np.random.default_rng(seed), env)
-            played = (play(env, act, episode_seed(seed, i, stream=1)) for i in range(episodes) if not stopped())
-            levels[name] = float(np.mean([sum(row[2] for row in rows) for rows in played] or [math.nan]))
-    return levels
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
+class RunError(ValueError):
+    """Ends a run with one line instead of a traceback: its text is for the user."""
 
 
-def main(args: Args) -> Path:
-    """Train one agent and return its run folder."""
-    try:
-        args = resolve(args)
-        env = make_env(args)
-        Encoder(1, env.observation_space.shape[1:], args.num_layers, 1, 1)  # are the pictures large enough?
-        if args.random_shift >= min(env.size):
-            raise ValueError(f"--random-shift {args.random_shift}: less than the pictures' {min(env.size)} expected")
-        dataset, digest = find_dataset(args, env)
-    except ValueError as error:
-        usage_error(str(error))
-    environments = [make_env(args) for _ in range(args.eval_episodes)]
-    run = Run(args)
+def usage_error(message: str) -> NoReturn:
+    """Print one line about a user's mistake and exit with status 2; called before anything is created."""
+    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    raise SystemExit(2)
+
+
+def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
+    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
+            low, high = least.get(name, 0), most.get(name, limit)
+            if not low <= value <= high:  # nan is not, either
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Seed PyTorch, make it deterministic, and choose the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    if max(env.size) < 64:
-        torch.set_num_threads(1)  # these products are too small for two threads
-    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
-    keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    agent, dataset = PLAS(args, env, device), dataset.to(device)
-    fixed = dataset.batch(torch.linspace(0, len(dataset.rows) - 1, min(2_000, len(dataset.rows)), device=device).long())
-    wide = collect(env, "random", 2_000, args.seed + 1, longest=10)  # more kinds of states than a policy visits
-    stacks = Dataset(wide, args.frame_stack)
-    pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
-    states = wide["state"][stacks.rows - 1]
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    def evaluate_policy() -> bool:
-        """Evaluate at this step, log it, keep the best model; False if a signal came first."""
-        metrics = evaluate(agent, environments, args.seed, lambda: run.signal)
-        if not metrics:
-            return False
-        metrics["prior_action_error"] = agent.prior_action_error(fixed)
-        metrics["probe_r2"] = probe(agent, pictures, states)
-        metrics |= {name.removeprefix("charts/"): v for name, v in agent.gradient_statistics(fixed).items()}
-        metrics |= {f"{name}_return": value for name, value in levels.items()}
-        run.log_evaluation(step, metrics)
-        if metrics["episodic_return"] >= max(row["episodic_return"] for row in run.eval_rows):
-            save_model(agent, args, run.folder / "best_model.pt")
-        return True
 
-    if run.checkpoint is None:
-        step, episodes = 0, min(args.eval_episodes, 20)
-        levels = reference_levels(env, dataset, episodes, args.seed, lambda: run.signal)
-        if run.signal:
-            run.stop()  # nothing has been learnt yet
-    else:
-        with run.restoring():
-            if run.checkpoint["dataset"] != digest:
-                run.close()
-                usage_error(f"{args.dataset} is not the dataset that {run.folder} began with; restore it")
-            step, levels, evaluation_due = (run.checkpoint[name] for name in ("step", "levels", "evaluation_due"))
-            if missing := agent.state_dict().keys() - run.checkpoint["agent"].keys():
-                raise LookupError(f"without {missing}")
-            agent.load_state_dict(run.checkpoint["agent"])
-        run.restore_random_state()
-        if evaluation_due and not evaluate_policy():
-            run.stop()  # it is still due in the checkpoint
-    chosen = {name: getattr(args, name) for name in DEFAULTS_BY_ENVIRONMENT[""]}
-    print(f"{run.name}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    run.writer.add_text(
-        "losses/td", "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
-    )
-    told = ", ".join(f"{name} {value:.2f}" for name, value in levels.items())
-    print(f"{run.name}: {len(dataset.rows):,} transitions of {len(dataset.starts):,} episodes; mean returns: {told}")
+def episode_seed(seed: int, index: int, stream: int = 0) -> int:
+    """The reset seed of one episode: a pure function, so that each can be replayed alone (stream 1: evaluation)."""
+    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
 
-    losses: dict[str, Tensor] = {}
-    for step in range(step + 1, args.total_timesteps + 1):  # noqa: B020
-        batch = dataset.sample(args.batch_size, args.random_shift)
-        losses |= agent.update(batch, pretraining=step <= args.pretrain_steps)
-        last, evaluating = step == args.total_timesteps, step % args.eval_frequency == 0
-        run.progress(step, f"return {run.eval_rows[-1]['episodic_return']:.2f}" if run.eval_rows else "")
-        if step % 500 == 0 or evaluating or last or run.signal or step % args.checkpoint_frequency == 0:
-            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(step, {"charts/SPS": run.steps_per_second(step), **agent.gradient_statistics(batch)})
-        evaluation_due = (evaluating or last) and not evaluate_policy()
-        if step % args.checkpoint_frequency == 0 or last or run.signal:
-            state = {"agent": agent.state_dict(), "dataset": digest, "levels": levels, "evaluation_due": evaluation_due}
-            run.save_checkpoint(step, state)
-            if run.signal and (evaluation_due or not last):
-                run.stop()
 
-    save_model(agent, args, run.folder / "model.pt")
-    run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, levels, run.name))
-    if agent.picture_decoder is not None:
-        run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
-    paths = record_videos(agent, args, run.folder / "videos", lambda: run.signal) if args.capture_video else []
-    if run.signal:
-        run.stop()
-    run.log_videos(step, paths)
-    run.save_checkpoint(step, {"agent": agent.state_dict()}, finished=True)
-    run.close()
-    score = "return {episodic_return:.2f}, squared error of Q {q_error:.3f}".format(**run.eval_rows[-1])
-    print(f"last evaluation: {score}; see {run.folder}")
-    return run.folder
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a temporary file, flush it to the disk, rename it: a reader sees the old file or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder, what is written into it, and the signals that end a run. Use it in a `with` statement."""
+
+    def __init__(self, args: Args) -> None:
+        """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
+        if args.resume and not args.run_name:
+            usage_error("--resume needs the --run-name of the run to continue")
+        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.name = re.sub(r"[/\\:]", "-", name)
+        if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
+            usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
+        self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
+        self.eval_rows: list[dict[str, float]] = []
+        self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        self.folder = Path(args.runs_dir) / self.name
+        try:
+            while not args.run_name and self.folder.exists():
+                self.name += "_"  # another run began in this second
+                self.folder = Path(args.runs_dir) / self.name
+            found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
+            if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
+                usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
+            self.folder.mkdir(parents=True, exist_ok=args.resume)
+            self.take_lock()
+            if args.resume:
+                self.load_checkpoint()
+            step = self.checkpoint["step"] if self.checkpoint else 0
+            if not self.checkpoint:
+                self.describe()
+            # What a killed run wrote after its last checkpoint is purged: it is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if self.checkpoint else 0)
+            if args.track:
+                self.start_wandb(args)
+        except FileExistsError:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        except OSError as error:  # a full or read-only disk, somebody else's folder
+            usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self.started = self.shown = self.window_time = time.monotonic()
+        self.window_step = step
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+
+    def take_lock(self) -> None:
+        """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
+        self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
+        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
+        except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
+            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+
+    def describe(self) -> None:
+        """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        packages = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = {"script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit}
+        about |= {"python": sys.version.split()[0], "packages": packages}
+        write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        shutil.copy(__file__, self.folder / Path(__file__).name)
+
+    def start_wandb(self, args: Args) -> None:
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+            )  # fmt: skip
+        except ModuleNotFoundError:
+            usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        except Exception as error:  # no key, a bad name, no network
+            cure = "run `wandb login`" if "key" in str(error) or "log in" in str(error) else "change what it names"
+            usage_error(f"wandb: {error}; {cure}, or set WANDB_MODE=offline, and add --run-name {self.name} --resume")
+        wandb.define_metric("*", step_metric="global_step")
+        self.wandb = wandb
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Remember the signal: the loop saves and stops after its current step. A second one ends the run at once."""
+        now = time.monotonic()
+        if self.signal and now - self.signal_time > 1.0:  # `timeout` sends its one signal twice
+            os._exit(128 + number)
+        self.signal, self.signal_time = self.signal or number, self.signal_time or now
+        if self.at_once:
+            raise KeyboardInterrupt
+
+    def unless_stopped(self, work: Callable[[], Any]) -> None:
+        """Do `work`, which a signal ends at once: a resumed run does it again."""
+        try:
+            self.at_once = True
+            if not self.signal:
+                work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.at_once = False
+
+    def say(self, text: str) -> None:
+        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self.signal = self.signal or signal.SIGTERM
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                self.say(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}")
+
+    def steps_per_second(self, step: int) -> float:
+        """Steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write scalars to TensorBoard and wandb. Raises RunError for a loss that is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                raise RunError(f"step {step}: {name} is {value}; try a smaller learning rate")
+            self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({**metrics, "global_step": step})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        return any(row["step"] == step for row in self.eval_rows)
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.eval_rows.append({"step": step, **metrics})
+        self.write_evaluations()
+
+    def write_evaluations(self) -> None:
+        """Write all evaluations so far to `eval.csv`."""
+        rows = [row.values() for row in self.eval_rows]
+        lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
+        write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
+
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
+        """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
+        path = self.folder / f"{name}.png"
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        self.writer.add_figure(f"images/{name}", figure, step)
+        if self.wandb:
+            self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
+
+    def log_videos(self, step: int, paths: list[Path]) -> None:
+        """Show videos that lie in the run folder in wandb too."""
+        if self.wandb and paths:
+            videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
+            self.wandb.log({"videos/evaluation": videos, "global_step": step})
+
+    def save_model(self, name: str, state: dict[str, Any]) -> None:
+        """Write weights alone, and the arguments, from which the agent can be built again."""
+        content = {**state, "arguments": json.dumps(self.settings)}
+        write_atomically(self.folder / name, lambda file: torch.save(content, file))
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
+        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        own = {
+            "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
+            "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        }  # fmt: skip
+        path = self.folder / "checkpoint.pt"
+        try:
+            write_atomically(path, lambda file: torch.save({**own, **state}, file))
+        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+            raise RunError(f"step {step}: cannot write {path} ({error})") from None
+
+    def load_checkpoint(self) -> None:
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        finished = False
+        try:
+            if path.exists():
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                    raise ValueError(damaged)
+                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
+                self.eval_rows, finished, _ = (self.checkpoint[name] for name in ("eval_rows", "finished", "step"))
+            elif about.exists():
+                recorded = json.loads(about.read_text())
+                script, arguments = recorded["script"], dict(recorded["arguments"])
+            else:
+                return  # killed before anything was written
+        except Exception as error:  # a damaged file raises nearly anything
+            self.refuse_damaged(path if path.exists() else about, error)
+        if script != Path(__file__).stem:
+            usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
+        changed = [k for k in {**arguments, **self.settings} if arguments.get(k) != self.settings.get(k)]
+        if changed:
+            listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
+            usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
+        if finished:
+            print(f"{self.folder} is finished")
+            raise SystemExit(0)
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        try:
+            yield
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            self.write_evaluations()  # a killed run may have written further
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self.refuse_damaged(self.folder / "checkpoint.pt", error)
+
+    def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
+        """Exit 2: a file of the run folder is not what was written."""
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+        usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
+
+    def stop(self) -> NoReturn:
+        """End the run after a signal, with the status that a shell gives it (143 or 130)."""
+        self.bar.close()
+        print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
+        """Make what comes after training, and mark the checkpoint as finished.
+
+        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        """
+        for extra in extras:
+            try:
+                self.unless_stopped(extra)
+            except Exception as error:
+                self.say(f"warning: {extra.__name__} failed ({type(error).__name__}: {error}); the models are saved")
+            if self.signal:
+                self.stop()
+        self.save_checkpoint(step, state, finished=True)
+
+    def __enter__(self) -> Run:
+        """The run itself."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        self.bar.close()
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+# --- end of the same text ---
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:  # before there was a run to save
+        raise SystemExit(130) from None

@@ -77,7 +77,7 @@ def load_agent(path: Path) -> Agent:
     try:
         if of_plas:
             agent = plas_pixels.PLAS(args, env, torch.device("cpu"))
-            agent.load_state_dict(content)
+            agent.load_state_dict(content["agent"])
         elif of_sac_ae:
             size = tuple(content.get("size", (args.image_size, args.image_size)))
             agent = sac_ae_pixels.SACAE(args, size, content["action_dim"], torch.device("cpu"))

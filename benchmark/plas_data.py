@@ -1,16 +1,22 @@
-"""Make a task's data for plas_pixels.py: pictures of an agent that itself sees the task's state.
+"""Make a task's data for plas_pixels.py: pictures of what some policy does.
 
     python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4 --folder data/cartpole-swingup
+    python benchmark/plas_data.py --env cartpole-swingup --collect runs/NAME/model.pt --file data/medium.npz
+    python benchmark/plas_data.py --env DotHazard-v0 --collect medium --file data/medium.npz
 
-From states TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477) learns in minutes what takes hours from pixels.
-`mixed.npz` is all that it does in --steps agent steps of training, the random first ones included; `medium.npz` is as
-many steps of its last policy, with the noise of its exploration. The same arguments on the same machine give the same
-files; nothing is done where both are there. Any environment that plas_pixels.py knows can be named.
+By default TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477), which itself sees the task's state, learns in minutes
+what takes hours from pixels. `mixed.npz` is all that it does in --steps agent steps of training, the random first ones
+included; `medium.npz` is as many steps of its last policy, with the noise of its exploration. `--collect` takes another
+policy: uniformly random actions; the script of an environment that has an `expert_action()` (expert), or the same with
+a quarter of its actions random and noise of 0.5 on the others (medium); or the mean actions of a model that
+sac_ae_pixels.py saved. The same arguments on the same machine give the same files; nothing is done where they are
+there. Any environment that plas_pixels.py knows can be named.
 """
 
 import copy
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +29,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate
+
 import plas_pixels
+import sac_ae_pixels
 
 GAMMA, TAU, BATCH_SIZE, LEARNING_RATE, HIDDEN = 0.99, 0.005, 256, 1e-3, 256
 EXPLORATION_NOISE, TARGET_NOISE, NOISE_CLIP, POLICY_FREQUENCY = 0.2, 0.2, 0.5, 2
@@ -35,16 +44,22 @@ class Args:
 
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "cartpole-swingup"
     """the task"""
+    collect: str = "td3"
+    """td3 (which learns from states), random, medium, expert (or scripted), or a model.pt of sac_ae_pixels.py"""
     folder: Path = Path("data/cartpole-swingup")
-    """the folder to write mixed.npz and medium.npz to"""
+    """the folder to write to: mixed.npz and medium.npz, or with --collect a file of that name"""
+    file: Path | None = None
+    """the file to write, with --collect (default: in the folder)"""
     steps: int = 15_000
-    """agent steps in each file"""
+    """agent steps in each file, and as many more as end the last episode"""
     random_steps: int = 1_000
-    """the first of them, with random actions"""
+    """the first of them, with random actions (td3)"""
     image_size: int = 64
     """height and width of the pictures"""
     action_repeat: int | None = None
     """environment steps that an action is repeated for (default: plas_pixels.py's for the task)"""
+    frame_stack: int | None = None
+    """pictures in an observation of a model (default: plas_pixels.py's for the task)"""
     seed: int = 1
     """seed of agent and episodes"""
 
@@ -130,35 +145,88 @@ def record(env: Any, agent: TD3, args: Args, training: bool) -> dict[str, np.nda
     return plas_pixels.as_columns(rows)
 
 
+def sac_ae_policy(path: Path, env: plas_pixels.PixelEnv) -> Callable[[np.ndarray], np.ndarray]:
+    """The mean action of a model that sac_ae_pixels.py saved. Raises ValueError if it does not fit `env`."""
+    agent = evaluate.load_agent(path)
+    if not isinstance(agent, sac_ae_pixels.SACAE):
+        raise ValueError(f"{path} is not a model of sac_ae_pixels.py")
+    settings = ("image_size", "frame_stack", "action_repeat")  # its task may be another
+    plas_pixels.check_settings(path, {name: getattr(agent.args, name) for name in settings}, env)
+    if agent.action_dim != env.action_dim:
+        raise ValueError(f"{path} has {agent.action_dim} actions, the environment {env.action_dim}")
+    return lambda observation: agent.act(observation[None])[0]
+
+
+def behaviour(name: str, generator: np.random.Generator, env: plas_pixels.PixelEnv) -> Callable:
+    """A policy (observation) -> action (A,) by its name. Raises ValueError if there is none."""
+    uniform = plas_pixels.uniform(env, generator)
+
+    def expert(_: np.ndarray) -> np.ndarray:
+        return env.unwrapped.expert_action()  # in [-1, 1], whatever the environment's bounds
+
+    def medium(observation: np.ndarray) -> np.ndarray:
+        noisy = expert(observation) + 0.5 * generator.standard_normal(env.action_space.shape)
+        return uniform(observation) if generator.random() < 0.25 else noisy.clip(-1.0, 1.0).astype(np.float32)
+
+    known = {"random": uniform, "medium": medium, "expert": expert, "scripted": expert}
+    if name in known:
+        if name != "random" and not hasattr(env.unwrapped, "expert_action"):
+            raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random, td3 or a model.pt")
+        return known[name]
+    if not Path(name).is_file():
+        raise ValueError(f"--collect {name}: td3, random, medium, expert or a model.pt expected")
+    return sac_ae_policy(Path(name), env)
+
+
+def write(path: Path, env: plas_pixels.PixelEnv, columns: dict[str, np.ndarray], **about: Any) -> None:
+    """Write a file for plas_pixels.py, and print its returns."""
+    plas_pixels.write_columns(path, env, columns, **about)
+    returns = np.add.reduceat(columns["reward"], columns["is_first"].nonzero()[0])
+    print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
+
+
 def main(args: Args) -> None:
-    """Write both files, unless they are there."""
-    paths = args.folder / "mixed.npz", args.folder / "medium.npz"
+    """Write the files, unless they are there."""
+    paths = [args.folder / "mixed.npz", args.folder / "medium.npz"]
+    if args.collect != "td3":
+        paths = [args.file or args.folder / f"{Path(args.collect).stem}.npz"]
     if all(path.exists() for path in paths):
-        return print(f"{args.folder} is complete")
+        return print(f"{args.folder if args.collect == 'td3' else paths[0]} is complete")
     torch.set_num_threads(1)  # small networks gain nothing by more
     try:
-        if not 0 < args.random_steps < args.steps:
+        if args.collect == "td3" and not 0 < args.random_steps < args.steps:
             given = f"--random-steps {args.random_steps} of --steps {args.steps}"
             raise ValueError(f"{given}: at least one random step, and fewer than steps, expected")
-        settings = plas_pixels.resolve(plas_pixels.Args(
-            env_id=args.env, image_size=args.image_size, action_repeat=args.action_repeat, seed=args.seed
-        ))  # fmt: skip
+        if args.collect == "td3" and args.file:
+            raise ValueError(f"--file {args.file}: td3 writes two files, name a --folder")
+        settings = plas_pixels.Args(
+            env_id=args.env, image_size=args.image_size, action_repeat=args.action_repeat, seed=args.seed,
+            frame_stack=args.frame_stack, collect_steps=args.steps, collect="random",  # so that its size is checked
+        )  # fmt: skip
+        plas_pixels.check(settings)
         env = plas_pixels.make_env(settings)
-        args.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(args.seed)
+        if args.collect != "td3":
+            act = behaviour(args.collect, np.random.default_rng(args.seed), env)
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        if args.collect != "td3":
+            columns = plas_pixels.collect(env, args.steps, args.seed, act=act)
+            first_seed = plas_pixels.episode_seed(args.seed, 0, stream=4)
+            return write(paths[0], env, columns, collect=args.collect, first_seed=first_seed)
+        _, info = env.reset(seed=0)
+        agent = TD3(info["state"].size, env.action_dim, args.steps)
+        for path in paths:
+            columns = record(env, agent, args, training=path == paths[0])
+            write(path, env, columns, collect=path.stem)
     except ValueError as error:
         plas_pixels.usage_error(str(error))
     except OSError as error:
-        plas_pixels.usage_error(f"cannot make {args.folder}: {error.strerror}; choose another --folder")
-    torch.manual_seed(args.seed)
-    _, info = env.reset(seed=0)
-    agent = TD3(info["state"].size, env.action_space.shape[0], args.steps)
-    for path in paths:
-        columns = record(env, agent, args, training=path == paths[0])
-        columns |= {"action_repeat": settings.action_repeat, "env_id": env.spec.id}
-        plas_pixels.write_atomically(path, lambda file, columns=columns: np.savez_compressed(file, **columns))
-        returns = np.add.reduceat(columns["reward"], columns["is_first"].nonzero()[0])
-        print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
+        plas_pixels.usage_error(f"cannot write {paths[0]}: {error.strerror}; choose another --folder or --file")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        print("stopped; what is not written is lost", file=sys.stderr)
+        raise SystemExit(130) from None

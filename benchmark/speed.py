@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -631,10 +631,8 @@ class PlainPLAS:
     def __init__(self, agent: plas_pixels.PLAS, env: gym.Env, dataset: plas_pixels.Dataset) -> None:
         """Start from the weights of `agent`; `dataset` is held as floats."""
         self.agent = plas_pixels.PLAS(agent.args, env, agent.device)
-        for name, module in agent.modules().items():
-            own = getattr(self.agent, name)
-            own.load_state_dict(module.state_dict())
-            own.to(memory_format=torch.contiguous_format)
+        self.agent.load_state_dict(agent.state_dict())
+        self.agent.to(memory_format=torch.contiguous_format)
         self.images, self.dataset = dataset.images.float(), dataset
 
     def batch(self, index: Tensor) -> plas_pixels.Batch:
@@ -646,7 +644,7 @@ class PlainPLAS:
     def update(self, batch: plas_pixels.Batch, noise: dict[str, Tensor]) -> None:
         """The same step as `PLAS.update`, one loss after the other."""
         agent, signals = self.agent, self.agent.signals
-        optimizers = [agent.vae_optimizer, agent.critic_optimizer, *[agent.encoder_optimizer] * bool(signals)]
+        optimizers = [optimizer for name, optimizer in agent.optimizers.items() if name != "policy"]
         for optimizer in optimizers:
             optimizer.zero_grad()
         target = agent.critic_target(batch, noise)
@@ -673,13 +671,11 @@ def measure_plas_pixels(args: Args) -> dict[str, Any]:
     """Updates beside plain ones, and the share of the machine's matrix-product rate, for small and large pictures."""
     figures: dict[str, Any] = {}
     for name, env_id, size in (("28 x 28", "DotHazard-v0", 28), ("64 x 64", "Pendulum-v1", 64)):
-        own = plas_pixels.resolve(plas_pixels.Args(env_id=env_id, image_size=size))
+        own = plas_pixels.Args(env_id=env_id, image_size=size)
+        plas_pixels.check(own)
         env = plas_pixels.make_env(own)
-        dataset = plas_pixels.Dataset(plas_pixels.collect(env, "random", 600, 0), own.frame_stack)
-        fast, bf16 = (
-            plas_pixels.PLAS(plas_pixels.resolve(plas_pixels.Args(env_id=env_id, image_size=size, bf16=half)), env, CPU)
-            for half in (False, True)
-        )
+        dataset = plas_pixels.Dataset(plas_pixels.collect(env, 600, seed=0), own.frame_stack)
+        fast, bf16 = (plas_pixels.PLAS(replace(own, bf16=half), env, CPU) for half in (False, True))
         plain, batch_size = PlainPLAS(fast, env, dataset), own.batch_size
 
         def plain_update(plain: PlainPLAS = plain, dataset: Any = dataset, batch_size: int = batch_size) -> None:

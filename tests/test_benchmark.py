@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -549,15 +550,16 @@ def test_evaluate_plays_from_pixels_and_stands_still(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("policy", ["latent", "argmax"])
 def test_evaluate_plays_offline_agents_and_what_they_cloned(policy, tmp_path, monkeypatch, capsys):
-    args = plas_pixels.resolve(plas_pixels.Args(hidden_dim=8, num_filters=2, policy=policy, seed=3))
+    args = plas_pixels.Args(hidden_dim=8, num_filters=2, policy=policy, seed=3)
+    plas_pixels.check(args)
     torch.manual_seed(0)
     environments = [plas_pixels.make_env(args) for _ in range(2)]
     agent = plas_pixels.PLAS(args, environments[0], torch.device("cpu"))
-    plas_pixels.save_model(agent, args, tmp_path / "model.pt")
+    torch.save({"agent": agent.state_dict(), "arguments": json.dumps(asdict(args))}, tmp_path / "model.pt")
     own = plas_pixels.evaluate(agent, environments, 3)
     given, step = [], plas_pixels.PixelEnv.step
     monkeypatch.setattr(
-        plas_pixels.PixelEnv, "step", lambda self, a: (given.append((self.frames, a)), step(self, a))[1]
+        plas_pixels.PixelEnv, "step", lambda self, a: (given.append((self.observation, a)), step(self, a))[1]
     )
     played = {"model": "model.pt", "episodes": 2, "own_episodes": True}
     evaluate.main(evaluate.Args(tmp_path, **played))
@@ -565,7 +567,7 @@ def test_evaluate_plays_offline_agents_and_what_they_cloned(policy, tmp_path, mo
     assert f"return {own['episodic_return']:.3f} ± {own['return_std']:.3f}" in printed and "the policy:" in printed
 
     def cloned():
-        picture = torch.from_numpy(np.concatenate(given[0][0]))[None]
+        picture = torch.from_numpy(given[0][0])[None]
         with torch.no_grad():
             return agent.vae.decode(agent.vae_encoder(picture), torch.zeros(1, agent.vae.latent_dim))[0].numpy()
 
@@ -698,10 +700,11 @@ def test_data_are_what_plas_pixels_reads(tmp_path, capsys):
     """Whole episodes; the same again from the same arguments; random at first; and nothing is done twice."""
     for name in ("one", "two"):
         plas_data.main(data(tmp_path / name))
-    settings = plas_pixels.resolve(plas_pixels.Args())
+    settings = plas_pixels.Args()
+    plas_pixels.check(settings)
     env = plas_pixels.make_env(settings)
     for name in ("mixed.npz", "medium.npz"):
-        dataset, _ = plas_pixels.load(tmp_path / "one" / name, env)
+        dataset, *_ = plas_pixels.load(tmp_path / "one" / name, env)
         columns, again = (columns_of(tmp_path / folder / name) for folder in ("one", "two"))
         assert all(np.array_equal(columns[key], again[key]) for key in columns)
         assert len(dataset.action) == len(columns["action"]) - columns["is_first"].sum() >= 90
@@ -716,6 +719,79 @@ def test_data_are_what_plas_pixels_reads(tmp_path, capsys):
     plas_data.main(data(tmp_path / "one"))
     assert "complete" in capsys.readouterr().out
     assert (tmp_path / "one" / "mixed.npz").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["random", "medium", "expert", "scripted"])
+def test_data_of_other_policies_are_what_plas_pixels_reads(kind, tmp_path, capsys):
+    """The actions are those of the policy alone: the same file again, and rows that are what the environment does."""
+    for name in ("one.npz", "two.npz"):
+        plas_data.main(data(tmp_path, collect=kind, file=tmp_path / name))
+        assert "episodes, return" in capsys.readouterr().out
+    columns, again = (columns_of(tmp_path / name) for name in ("one.npz", "two.npz"))
+    assert all(np.array_equal(columns[key], again[key]) for key in columns)
+    settings = plas_pixels.Args()
+    plas_pixels.check(settings)
+    env = plas_pixels.make_env(settings)
+    dataset, _, about = plas_pixels.load(tmp_path / "one.npz", env)
+    assert len(dataset.rows) == 120 and about["collect"] == kind
+    assert plas_pixels.is_reproduced(dataset, env, about["first_seed"])
+    expert = []
+    env.reset(seed=about["first_seed"])
+    for action in columns["action"][1:41]:
+        expert.append(env.unwrapped.expert_action())
+        env.step(action)
+    same = (np.array(expert) == columns["action"][1:41]).all(1).mean()
+    assert same == (kind in ("expert", "scripted"))
+    plas_data.main(data(tmp_path, collect=kind, file=tmp_path / "one.npz"))
+    assert "one.npz is complete" in capsys.readouterr().out
+
+
+def test_the_script_has_dot_hazards_data_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = plas_pixels.Args(dataset="expert", collect_steps=80)
+    plas_pixels.check(settings)
+    env = plas_pixels.make_env(settings)
+    dataset, digest = plas_pixels.find_dataset(settings, env)
+    assert len(dataset.rows) == 80 and dataset.returns.mean() > 15.0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["DotHazard-v0_expert_80.npz"]
+    assert plas_pixels.find_dataset(settings, env)[1] == digest
+    assert "expert_80.npz, collected by expert; remove it to collect it anew" in capsys.readouterr().out
+
+
+def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
+    agent = plas_data.sac_ae_pixels.SACAE.__new__(plas_data.sac_ae_pixels.SACAE)
+    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1}
+    own = {
+        "args": SimpleNamespace(**sizes, seed=1), "action_dim": 2,
+        "act": lambda pictures: np.tanh(pictures.reshape(len(pictures), -1)[:, :2] / 255.0 - 0.2, dtype=np.float32),
+    }  # fmt: skip
+    agent.__dict__.update(own)
+    monkeypatch.setattr(plas_data.evaluate, "load_agent", lambda path: agent)
+    (tmp_path / "model.pt").write_bytes(b"a model")
+    plas_data.main(data(tmp_path, collect=str(tmp_path / "model.pt"), file=tmp_path / "sac.npz"))
+    columns = columns_of(tmp_path / "sac.npz")
+    pictures = np.moveaxis(columns["image"][:40], 3, 1)
+    np.testing.assert_array_equal(columns["action"][1:41], own["act"](pictures))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"action_dim": 3}, "has 3 actions, the environment 2"),
+        ({"frame_stack": 3}, "was made with --frame-stack 3, not as here"),
+        ({"image_size": 84}, "was made with --image-size 84, not as here"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(changes, part, tmp_path, monkeypatch, capsys):
+    agent = plas_data.sac_ae_pixels.SACAE.__new__(plas_data.sac_ae_pixels.SACAE)
+    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, **changes}
+    agent.__dict__.update(args=SimpleNamespace(**sizes, seed=1), action_dim=changes.get("action_dim", 2))
+    monkeypatch.setattr(plas_data.evaluate, "load_agent", lambda path: agent)
+    (tmp_path / "model.pt").write_bytes(b"a model")
+    with pytest.raises(SystemExit) as exit_:
+        plas_data.main(data(tmp_path / "new", collect=str(tmp_path / "model.pt")))
+    assert exit_.value.code == 2 and part in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_agent_that_makes_data_learns():
@@ -747,7 +823,9 @@ def test_the_agent_that_makes_data_learns():
     [
         ({"steps": 50}, "--random-steps 60 of --steps 50"), ({"random_steps": 0}, "--random-steps 0"),
         ({"env": "CartPole-v1"}, "Box action space"), ({"env": "cartpol-swingup"}, "unknown environment"),
-        ({"image_size": -1}, "--image-size -1"),
+        ({"image_size": -1}, "--image-size -1"), ({"file": Path("x.npz")}, "td3 writes two files"),
+        ({"collect": "best"}, "td3, random, medium, expert or a model.pt expected"),
+        ({"env": "Pendulum-v1", "collect": "expert"}, "no expert_action"), ({"steps": 10**12}, "GiB of memory"),
     ],
 )  # fmt: skip
 def test_data_of_what_cannot_be_had(options, words, tmp_path, capsys):
@@ -764,7 +842,7 @@ def test_data_cannot_be_where_a_file_is(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         plas_data.main(data(tmp_path / "file"))
-    assert "cannot make" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
 
 
 # --- plas_study.py ---
