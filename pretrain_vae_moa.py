@@ -823,16 +823,20 @@ def make_env(args: Args) -> Any:
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {reason}; {hint}") from None
     if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):
         raise ValueError(f"expected a PettingZoo parallel environment, but {args.env_id} is a {type(env).__name__}")
-    kinds = set()
-    for agent in env.possible_agents:
-        box, action = box_of(env, agent), env.action_space(agent)
+    try:
+        pairs = [(agent, box_of(env, agent), env.action_space(agent)) for agent in env.possible_agents]
+    except Exception as error:
+        raise ValueError(f"{args.env_id} does not tell its spaces: {type(error).__name__}: {error}") from None
+    for agent, box, action in pairs:
         if not isinstance(action, gym.spaces.Discrete):
             raise ValueError(f"expected discrete actions, but {agent} of {args.env_id} has {action}")
         if not isinstance(box, gym.spaces.Box) or len(box.shape) != 3:
             raise ValueError(f"expected image-like observations (a Box with 3 axes), but {agent} has {box}")
-        kinds.add(f"views {box.shape}, {action.n} actions from {action.start} on")
-    if len(kinds) != 1:
-        raise ValueError(f"expected agents of one kind, but {args.env_id} has {' and '.join(sorted(kinds)) or 'none'}")
+    kinds = {f"views {box.shape}, {action.n} actions from {action.start} on" for _, box, action in pairs}
+    if not kinds:
+        raise ValueError(f"{args.env_id} has no player: its possible_agents are empty")
+    if len(kinds) > 1:
+        raise ValueError(f"expected agents of one kind, but those of {args.env_id} differ: {'; '.join(sorted(kinds))}")
     return env
 
 
@@ -937,7 +941,7 @@ def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tup
     Without bounds the range is that of what occurs. Raises ValueError where that is so wide that little would be left.
     """
     low, high = float(box.low.min()), float(box.high.max())
-    least, most = (float(end(end(values) for values in pictures)) for end in (np.min, np.max))
+    least, most = float(min(map(np.min, pictures))), float(max(map(np.max, pictures)))
     bounded = max(abs(low), abs(high)) < UNBOUNDED
     if not bounded:
         low, high = least, most
@@ -1079,7 +1083,7 @@ def record_videos(test: Arrays, records: Records, folder: Path) -> list[Path]:
     return paths
 
 
-# --- same text in every script: run folder, logging, checkpoints (home: hyar_td3.py; see make sync) ---
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: its text is for the user."""
 
