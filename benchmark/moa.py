@@ -5,10 +5,11 @@
     python benchmark/moa.py questions --seeds 1 2 3
     python benchmark/moa.py ceilings
 
-`report` scores a finished run's best model on all held-out games beside baselines and exact ceilings, says if it is
+`report` scores a finished run's best model on all held-out games, beside baselines and exact ceilings, says if it is
 better than anybody can be, and writes table.csv, probes.csv and pictures into the run folder.
-`table` makes the missing reports of the run folders that `benchmark/pretrain_vae_moa.sh` names and writes table.csv, table.md, probes.csv,
-curves.csv and pictures of the curves and of the models between the ceilings to benchmark/results/pretrain_vae_moa/.
+`table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names, makes the reports that are missing, and writes
+table.csv, table.md, probes.csv, curves.csv and pictures of the curves and of the models between the ceilings to
+benchmark/results/pretrain_vae_moa/.
 `questions` trains models with what a public version of this training step had (a softmax before the cross-entropy's
 own, a mask sliced from the wrong columns, scores of training rows), without the checks of the loader, and writes
 questions.csv and questions.md there.
@@ -40,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain_vae_moa as moa  # noqa: E402
 from envs import stag_hunt  # noqa: E402
-from pretrain_vae_moa import MOA, Arrays, Records, confusion, expected_nll, recalls, score_subsets  # noqa: E402
-from pretrain_vae_moa import predict_actions, subsets  # noqa: E402
+from pretrain_vae_moa import MOA, Arrays, Records, confusion, predict_actions, recalls, score_subsets  # noqa: E402
+from pretrain_vae_moa import subsets as split_by_strategy  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "pretrain_vae_moa"
 SCORES = ("expected_top1", "top1", "top3", "balanced_accuracy", "macro_f1", "nll", "regret", "ece", "achieved")
@@ -245,7 +246,7 @@ def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 def draw_confusion(test: Arrays, records: Records) -> Figure:
     """Of each action's rows the share, in %, that was predicted as each other, for all rows and for each strategy."""
-    parts, names = list(subsets(records, test["row"])), records.action_names
+    parts, names = list(split_by_strategy(records, test["row"])), records.action_names
     figure, axes = new_figure(len(parts), "What was done (rows) and what was predicted (columns)")
     for axis, (name, part) in zip(axes, parts, strict=True):
         counts = confusion(test["q"][part], records, test["row"][part])
@@ -319,7 +320,7 @@ def open_run(args: Report) -> tuple[MOA, Records]:
     """The best model of a run, and the records that it was trained on. Exits 2, with one line, without them."""
     try:
         about = json.loads((args.run / "args.json").read_text())["arguments"]
-        own = replace(moa.Args(**about), cuda=about["cuda"])
+        own = moa.Args(**about)
         own = replace(own, dataset=args.dataset or own.dataset, data_dir=args.data_dir or own.data_dir)
         state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
         device = torch.device("cuda" if torch.cuda.is_available() and own.cuda else "cpu")
@@ -338,8 +339,10 @@ def open_run(args: Report) -> tuple[MOA, Records]:
 
 def report(args: Report) -> None:
     """Score the model on all held-out games: print and write the table, the probes and the pictures."""
-    torch.set_flush_denormal(True)
     agent, records = open_run(args)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(agent.args.torch_deterministic)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     rows = records.rows(2)
     test = predict_actions(agent, records, rows)
     predictions, model = final_table(test, records, agent.args, args.reference_steps)
@@ -351,9 +354,10 @@ def report(args: Report) -> None:
     write_rows(args.run / "table.csv", table)
     probes = run_probes(agent, records, test)
     write_rows(args.run / "probes.csv", [probes])
-    print_report(table, probes, records, rows)
+    print_report(table, records, rows)
     for text in compare_with_ceilings(predictions, model, records, rows):
         print(text)
+    print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
 
     shown = {"model": test["q"], **{name: predictions[name] for name in records.ceilings}}
     figures = {
@@ -369,8 +373,8 @@ def report(args: Report) -> None:
             writer.add_figure(f"images/{name}", figure, agent.args.total_timesteps)
 
 
-def print_report(table: list[dict[str, Any]], probes: dict[str, float], records: Records, rows: np.ndarray) -> None:
-    """The table and the probes on the terminal."""
+def print_report(table: list[dict[str, Any]], records: Records, rows: np.ndarray) -> None:
+    """The table on the terminal."""
     games = len(np.unique(records.arrays["episode"][rows]))
     print(f"{len(rows):,} held-out rows of {games:,} games")
     columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
@@ -380,7 +384,6 @@ def print_report(table: list[dict[str, Any]], probes: dict[str, float], records:
     for row in table:
         label = row["name"] if row["subset"] == "all" else f"  {row['subset']}"
         print(label.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
-    print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
 
 
 def compare_with_ceilings(predictions: Arrays, model: str, records: Records, rows: np.ndarray) -> Iterable[str]:
