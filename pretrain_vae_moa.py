@@ -953,7 +953,7 @@ def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tup
     scaled = [np.rint((values.astype(float) - low) / max(high - low, 1e-9) * 255).clip(0, 255) for values in pictures]
     some = slice(None, None, max(1, pictures[0].size // 100_000))
     before, after = (len(np.unique(values.reshape(-1)[some])) for values in (pictures[0], scaled[0]))
-    if 8 * after < min(before, 256):
+    if 32 * after < min(before, 256):
         lost = f"of {before:,} values {after} would be left, scaled from {low:g} and {high:g}"
         raise ValueError(f"{lost}; give its observation space the bounds that matter")
     return tuple(values.astype(np.uint8) for values in scaled), about
