@@ -142,17 +142,9 @@ USED = {  # objective -> the networks that it trains
     "moa": ("encoder", "head"),
     "both": ("encoder", "decoder", "head"),
 }
-CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
 LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
-ADAM_EPSILON = 1e-5
-PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
-UNBOUNDED = 1e6  # bounds that are wider than this are none
-FIELDS = (  # of a record, which this script reads; see envs/records.py
-    "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
-    "episode_seed",
-)  # fmt: skip
 Arrays = dict[str, np.ndarray]
 
 
@@ -220,18 +212,7 @@ class Symmetry:
         return torch.randint(8, (units,)), order.argsort(1)
 
 
-def sizes_of(arrays: Arrays, meta: dict[str, Any]) -> Sizes:
-    """The sizes of a record."""
-    _, channels, height, width = arrays["obs"].shape
-    actions, players = arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1]
-    steps = (meta.get("env_kwargs") or {}).get("max_cycles") or arrays["t"].max() + 1
-    pixel_scale = meta.get("observation_scale") or (255 if arrays["obs"].max() > 1 else 1)
-    return Sizes(channels, height, width, actions, players, float(pixel_scale), float(steps))
-
-
-def is_stag_hunt(meta: dict[str, Any]) -> bool:
-    """Whether a record is of the stag hunt: only of that it is known what turning the board does to the actions."""
-    return stag_hunt is not None and list(meta.get("action_names") or []) == list(stag_hunt.ACTION_NAMES)
+PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
 
 
 class Records:
@@ -482,6 +463,9 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
+ADAM_EPSILON = 1e-5
+
+
 class MOA(nn.Module):
     """The networks, one Adam over all that the objective uses, and the update."""
 
@@ -700,11 +684,11 @@ def main(args: Args) -> Path:
                 run.unless_stopped(evaluate_agent)
             if run.evaluated(step):
                 sums = {}
-            state = {
-                "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "sums": sums,
-                "dataset": records.fingerprint(),
-            }  # fmt: skip
             if saving:
+                state = {
+                    "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "sums": sums,
+                    "dataset": records.fingerprint(),
+                }  # fmt: skip
                 run.save_checkpoint(step, state)
                 if run.signal and not (last and run.evaluated(step)):
                     run.stop()
@@ -731,6 +715,9 @@ def main(args: Args) -> Path:
 
 
 # Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
+CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
+
+
 def check(args: Args) -> None:
     """Check all that can be checked without the data. Raises ValueError with one line."""
     for name, choices in CHOICES.items():
@@ -746,6 +733,20 @@ def check(args: Args) -> None:
     check_numbers(args, {**dict.fromkeys(at_least_one, 1), **positive}, most)
     if args.total_timesteps == 0 and not args.load:
         raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
+
+
+def sizes_of(arrays: Arrays, meta: dict[str, Any]) -> Sizes:
+    """The sizes of a record."""
+    _, channels, height, width = arrays["obs"].shape
+    actions, players = arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1]
+    steps = (meta.get("env_kwargs") or {}).get("max_cycles") or arrays["t"].max() + 1
+    pixel_scale = meta.get("observation_scale") or (255 if arrays["obs"].max() > 1 else 1)
+    return Sizes(channels, height, width, actions, players, float(pixel_scale), float(steps))
+
+
+def is_stag_hunt(meta: dict[str, Any]) -> bool:
+    """Whether a record is of the stag hunt: only of that it is known what turning the board does to the actions."""
+    return stag_hunt is not None and list(meta.get("action_names") or []) == list(stag_hunt.ACTION_NAMES)
 
 
 def check_fit(args: Args, sizes: Sizes, meta: dict[str, Any], model: MOA | None) -> None:
@@ -785,6 +786,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
 
 
 # Games: from a file, of scripted players, or of any PettingZoo game at random
+FIELDS = (  # of a record, which this script reads; see envs/records.py
+    "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
+    "episode_seed",
+)  # fmt: skip
+
+
 def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
     """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
 
@@ -933,6 +940,9 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
     pictures, scaling = to_bytes((arrays["obs"], arrays["next_obs"]), box_of(env, agents[0]))
     arrays["obs"], arrays["next_obs"] = pictures
     return arrays, {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, **scaling}
+
+
+UNBOUNDED = 1e6  # bounds that are wider than this are none
 
 
 def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
