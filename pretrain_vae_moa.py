@@ -2,7 +2,7 @@
 
 The encoder turns a player's view into a latent z; from z a policy head predicts what that player does next (the
 "modelling other agents" objective) and a decoder draws the view again. The scripted players of Markov Stag-Hunt tell
-their exact probabilities, so every score stands beside the exact Bayes ceiling on the same rows.
+their exact probabilities, so `python benchmark/moa.py report RUN` shows every score beside the exact Bayes ceiling.
 
 The game and the setting: Huang et al., "Efficient Adaptation in Mixed-Motive Environments via Hierarchical Opponent
 Modeling and Planning", ICML 2024, https://arxiv.org/abs/2406.08002. The VAE over opponents: Yu et al., "Opponent
@@ -15,13 +15,15 @@ Modeling based on Subgoal Inference", NeurIPS 2024.
 Docs: docs/pretrain_vae_moa.md
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import math
@@ -34,14 +36,13 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import pettingzoo
-import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,6 +55,7 @@ from tqdm import tqdm
 stag_hunt: Any = None
 with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone still runs on any other environment
     from envs import stag_hunt
+    from envs.records import Record, cached_records, read_records
 
 with contextlib.suppress(ModuleNotFoundError):  # not on Windows
     import fcntl
@@ -121,8 +123,6 @@ class Args:
     """learning rate at the start"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls to 0 over the run along half a cosine"""
-    adam_epsilon: float = 1e-5
-    """epsilon of Adam"""
     max_grad_norm: float = 10.0
     """the gradient is scaled down to this norm"""
     batch_size: int = 128
@@ -135,10 +135,6 @@ class Args:
     """weight of the reconstruction's cross-entropy (sum over planes and cells, in nats)"""
     augment: bool = True
     """if toggled, rows are mirrored and turned at random, the others' order changed (stag hunts only)"""
-    reference_steps: int = 3_000
-    """gradient steps of the single-frame strategy classifier in the table of ceilings (0: leave it out)"""
-    probe_rows: int = 20_000
-    """training rows that the linear probes are fitted to"""
 
 
 USED = {  # objective -> the networks that it trains
@@ -146,143 +142,13 @@ USED = {  # objective -> the networks that it trains
     "moa": ("encoder", "head"),
     "both": ("encoder", "decoder", "head"),
 }
-CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
 LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
-FIELDS = (
-    "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
-    "episode_seed",
-)  # fmt: skip
 Arrays = dict[str, np.ndarray]
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
-def make_env(env_id: str) -> Any:
-    """Make a PettingZoo parallel environment. Raises ValueError with one line, if it cannot be had or does not fit."""
-    module, colon, name = env_id.partition(":")
-    try:
-        env = getattr(importlib.import_module(module), name)() if colon else pettingzoo.make("parallel", env_id)
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
-        known = [key.removesuffix("-v0") for key in pettingzoo.parallel_registry]
-        near = difflib.get_close_matches(env_id, known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like sisl/pursuit-v5 or module:callable"
-        reason = str(error).split(" Available environments")[0].rstrip(".")
-        raise ValueError(f"could not make {env_id}: {type(error).__name__}: {reason}; {hint}") from None
-    if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):
-        raise ValueError(f"a PettingZoo parallel environment expected, {env_id} is a {type(env).__name__}")
-    kinds = set()
-    for agent in env.possible_agents:
-        action, observation = env.action_space(agent), env.observation_space(agent)
-        if isinstance(observation, gym.spaces.Dict):
-            observation = observation.spaces.get("observation", observation)
-        if not isinstance(action, gym.spaces.Discrete):
-            raise ValueError(f"discrete actions expected, {agent} of {env_id} has {action}")
-        if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 3:
-            raise ValueError(f"image-like observations (a Box with 3 axes) expected, {agent} has {observation}")
-        kinds.add((observation.shape, int(action.n)))
-    if len(kinds) > 1:
-        raise ValueError(f"agents of one kind expected, those of {env_id} differ: {sorted(kinds)}")
-    return env
-
-
-def to_channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The order of axes that makes (channels, height, width) of an image: the axis that is unlike the other two."""
-    first = shape[1] == shape[2] != shape[0] or (len(set(shape)) == 3 and shape[0] == min(shape))
-    return (0, 1, 2) if first else (2, 0, 1)
-
-
-def picture_of(seen: Any) -> np.ndarray:
-    """A copy (C, H, W) of an agent's picture, which may come with a mask in a dict."""
-    picture = np.array(seen["observation"] if isinstance(seen, dict) else seen)
-    return picture.transpose(to_channels_first(picture.shape))
-
-
-def legal_actions(seen: Any, info: dict[str, Any], actions: int) -> np.ndarray:
-    """Which actions (A,) an agent has: told beside its picture, or in its info, or else all."""
-    mask = (seen if isinstance(seen, dict) else info).get("action_mask")
-    return np.ones(actions, bool) if mask is None else np.array(mask, bool)
-
-
-def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays (the format's fields) and meta data of a third party's environment, played by random legal actions.
-
-    Pictures of another type than uint8 are scaled to 0..255.
-    """
-    agents, generator = env.possible_agents, np.random.default_rng([seed, 2])
-    n, actions, start = len(agents), int(env.action_space(agents[0]).n), int(env.action_space(agents[0]).start)
-    table, episode = [], 0
-    while len(table) < rows:
-        observations, infos = env.reset(seed=episode_seed(seed, episode))
-        previous = np.full(n, -1)
-        for t in range(max_cycles):
-            before = {agent: picture_of(observations[agent]) for agent in env.agents}
-            masks = {agent: legal_actions(observations[agent], infos[agent], actions) for agent in before}
-            chosen = {agent: int(generator.choice(np.flatnonzero(mask))) for agent, mask in masks.items()}
-            if not chosen:
-                break
-            observations, rewards, terminated, truncated, infos = env.step({a: k + start for a, k in chosen.items()})
-            joint = np.array([chosen.get(agent, -1) for agent in agents])
-            paid = np.array([rewards.get(agent, 0.0) for agent in agents])
-            for agent, action in chosen.items():
-                i = agents.index(agent)
-                table.append({
-                    "obs": before[agent], "next_obs": picture_of(observations[agent]), "action": action,
-                    "action_mask": masks[agent], "t": t, "episode": episode, "agent": i,
-                    "prev_actions": np.roll(previous, -i), "joint_action": np.roll(joint, -i),
-                    "reward": paid[i], "rewards": np.roll(paid, -i), "terminated": terminated[agent],
-                    "truncated": truncated[agent] or t == max_cycles - 1,
-                })  # fmt: skip
-            previous = joint
-        episode += 1
-    table = sorted(table[:rows], key=lambda row: (row["episode"], row["agent"], row["t"]))
-    arrays = {name: np.array([row[name] for row in table]) for name in table[0]}
-    arrays |= {"strategy": np.full(rows, -1), "roster": np.full((episode, n), -1), "split": np.zeros(episode, int)}
-    arrays["episode_seed"] = np.array([episode_seed(seed, i) for i in range(episode)])
-    held_out, order = max(1, round(episode / 10)), np.random.default_rng([seed, 1]).permutation(episode)
-    arrays["split"][order[:held_out]], arrays["split"][order[held_out : 2 * held_out]] = 2, 1
-    pictures, bytes_already = (arrays["obs"], arrays["next_obs"]), arrays["obs"].dtype == np.uint8
-    low, high = min(float(values.min()) for values in pictures), max(float(values.max()) for values in pictures)
-    if not bytes_already:
-        for name in ("obs", "next_obs"):
-            scaled = (arrays[name].astype(float) - low) / max(high - low, 1e-9) * 255
-            arrays[name] = np.rint(scaled).clip(0, 255).astype(np.uint8)
-    meta = {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, "observation_range": [low, high]}
-    return arrays, {**meta, "observation_scale": 1 if bytes_already and high <= 1 else 255}
-
-
-def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
-
-    Raises ValueError with one line.
-    """
-    if args.dataset:
-        if stag_hunt is None:
-            raise ValueError("--dataset needs the folder envs beside this script")
-        return stag_hunt.load_dataset(Path(args.dataset), FIELDS)
-    env = make_env(args.env_id)
-    name = args.env_id.replace("/", "-").replace(":", "-")
-    path = Path(args.data_dir) / f"{name}__{args.max_cycles}__{args.rows}__{args.data_seed}.npz"
-    if stag_hunt is not None and path.exists():
-        return stag_hunt.load_dataset(path, FIELDS)
-    if stag_hunt is not None and isinstance(env, stag_hunt.StagHunt):
-        arrays, meta = stag_hunt.collect(args.rows, env.config, args.max_cycles, seed=args.data_seed)
-    else:
-        arrays, meta = play_randomly(env, args.rows, args.max_cycles, args.data_seed)
-    env.close()
-    if (games := len(arrays["split"])) < 3:
-        raise ValueError(f"--rows {args.rows} are {games} games: at least 3 are needed, to train, validate and test on")
-    if stag_hunt is None:
-        return arrays, meta
-    record = stag_hunt.make_dataset(arrays, {**meta, "env_id": args.env_id, "command": sys.argv})
-    try:
-        stag_hunt.save_dataset(path, record)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; choose another --data-dir") from None
-    print(f"{args.rows:,} rows of {games:,} games collected, kept in {path}")
-    return stag_hunt.load_dataset(path, FIELDS)  # exactly what a resumed run will have
-
-
 class Sizes(NamedTuple):
     """What a model's shape depends on: planes, board, actions, players, and the scales of pixels and time."""
 
@@ -346,6 +212,9 @@ class Symmetry:
         return torch.randint(8, (units,)), order.argsort(1)
 
 
+PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
+
+
 class Records:
     """All rows on the device, in order, so that a batch is a gather; and where episodes and sequences lie.
 
@@ -355,13 +224,10 @@ class Records:
     def __init__(self, arrays: Arrays, meta: dict[str, Any], context: str, device: torch.device) -> None:
         """Copy what the training reads to the device."""
         self.arrays, self.meta, self.context = arrays, meta, context
-        _, channels, height, width = arrays["obs"].shape
-        actions, players = arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1]
-        steps = meta.get("env_kwargs", {}).get("max_cycles") or arrays["t"].max() + 1
-        pixel_scale = float(meta.get("observation_scale", 255 if arrays["obs"].max() > 1 else 1))
-        self.sizes = Sizes(channels, height, width, actions, players, pixel_scale, float(steps))
+        self.sizes = sizes_of(arrays, meta)
+        channels, height, width, actions = self.sizes[:4]
         known = (arrays["strategy"] >= 0).all()
-        self.strategies = list(meta.get("strategies", [])) if known else []
+        self.strategies = list(meta.get("strategies") or []) if known else []
         names = list(meta.get("action_names") or [])
         self.action_names = names if len(names) == actions else [str(action) for action in range(actions)]
         planes = list(meta.get("channel_names") or [])
@@ -376,9 +242,7 @@ class Records:
         self.previous = to_device(np.where(previous < 0, actions, previous), np.int64)
         self.time = to_device(arrays["t"].astype(np.float32) / self.sizes.time_scale, np.float32)
         self.places = position_planes(self.sizes).to(device)
-        # Only of the stag hunt it is known what turning the board does to the actions.
-        self.is_stag_hunt = stag_hunt is not None and names == list(stag_hunt.ACTION_NAMES)
-        self.symmetry = Symmetry(self.sizes, device) if self.is_stag_hunt and height == width else None
+        self.symmetry = Symmetry(self.sizes, device) if is_stag_hunt(meta) and height == width else None
         key = arrays["episode"].astype(np.int64) * 1_000 + arrays["agent"]
         self.starts = np.flatnonzero(np.diff(key, prepend=-1))
         self.lengths = np.diff(self.starts, append=len(key))
@@ -390,11 +254,11 @@ class Records:
         """Predictions (N, A) of `history Bayes` and `oracle` (see envs/stag_hunt.py); empty for unknown policies."""
         if "policy_probs" not in self.arrays:
             return {}
-        return stag_hunt.ceilings(stag_hunt.Dataset(self.arrays, self.meta))
+        return stag_hunt.ceilings(Record(self.arrays, self.meta))
 
     def fingerprint(self) -> str:
         """What tells whether a resumed run still has the dataset that it began with."""
-        hashes, obs, action = self.meta.get("sha256", {}), self.arrays["obs"], self.arrays["action"]
+        hashes, obs, action = self.meta.get("sha256") or {}, self.arrays["obs"], self.arrays["action"]
         split = int(self.arrays["split"].astype(int) @ np.arange(len(self.arrays["split"])))
         return json.dumps([hashes, split, obs.shape, int(action.sum())])
 
@@ -405,7 +269,7 @@ class Records:
             chosen &= np.isin(self.arrays["episode"], np.unique(self.arrays["episode"][chosen])[:episodes])
         return np.flatnonzero(chosen)
 
-    def probe_rows(self, count: int) -> np.ndarray:
+    def probe_rows(self, count: int = PROBE_ROWS) -> np.ndarray:
         """The first rows of the training split, which probes are fitted to: whole episodes, at least one."""
         rows = self.rows(0)
         episodes = self.arrays["episode"][rows]
@@ -568,7 +432,11 @@ class PolicyHead(nn.Module):
         super().__init__()
         self.uses_z = "z" in head_input
         self.trunk = Trunk(sizes, context) if "state" in head_input else None
-        inputs = self.uses_z * latent_dim + (self.trunk is not None) * HIDDEN + 1 + sizes.actions
+        inputs = 1 + sizes.actions
+        if self.uses_z:
+            inputs += latent_dim
+        if self.trunk is not None:
+            inputs += HIDDEN
         self.layers = nn.Sequential(
             nn.Linear(inputs, HIDDEN), nn.ReLU(True), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(True),
             nn.Linear(HIDDEN, sizes.actions),
@@ -580,8 +448,12 @@ class PolicyHead(nn.Module):
         A softmax here, and the one inside of the cross-entropy on top, would keep the loss above
         ln(e + A - 1) - 1: 1.165 for 7 actions, however certain and right the prediction.
         """
-        inputs = [z] * self.uses_z + ([] if self.trunk is None else [self.trunk(batch)])
-        logits = self.layers(torch.cat((*inputs, batch.time[:, None], batch.mask.float()), 1))
+        inputs = [batch.time[:, None], batch.mask.float()]
+        if self.trunk is not None:
+            inputs.insert(0, self.trunk(batch))
+        if self.uses_z:
+            inputs.insert(0, z)
+        logits = self.layers(torch.cat(inputs, 1))
         return logits.masked_fill(~batch.mask, -math.inf)
 
 
@@ -591,18 +463,24 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
-class MOA:
+ADAM_EPSILON = 1e-5
+
+
+class MOA(nn.Module):
     """The networks, one Adam over all that the objective uses, and the update."""
 
     def __init__(self, args: Args, sizes: Sizes, device: torch.device) -> None:
         """Build everything; `args` has been checked (see `check`)."""
-        self.args, self.sizes, self.device = args, sizes, device
-        self.encoder = Encoder(sizes, args.context, args.latent_dim).to(device)
-        self.decoder = Decoder(sizes, args.latent_dim).to(device)
-        self.head = PolicyHead(sizes, args.head_input, args.context, args.latent_dim).to(device)
-        self.used: dict[str, nn.Module] = {name: getattr(self, name) for name in USED[args.objective]}
-        self.parameters = [parameter for module in self.used.values() for parameter in module.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_epsilon, fused=True)
+        super().__init__()
+        self.args, self.sizes = args, sizes
+        self.encoder = Encoder(sizes, args.context, args.latent_dim)
+        self.decoder = Decoder(sizes, args.latent_dim)
+        self.head = PolicyHead(sizes, args.head_input, args.context, args.latent_dim)
+        self.register_buffer("places", position_planes(sizes), persistent=False)
+        self.to(device)
+        self.used = USED[args.objective]
+        self.trained = [parameter for name in self.used for parameter in getattr(self, name).parameters()]
+        self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, eps=ADAM_EPSILON, fused=True)
 
     def policy_loss(self, logits: Tensor, action: Tensor) -> Tensor:
         """The cross-entropy (scalar) of masked logits (R, A) and what was done (R,)."""
@@ -637,7 +515,7 @@ class MOA:
         self.optimizer.param_groups[0]["lr"] = share * args.learning_rate  # which never costs Adam its moments
         self.optimizer.zero_grad()
         losses["total"].backward()
-        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm)
         self.optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
@@ -649,46 +527,15 @@ class MOA:
         """
         if self.args.context != "1":
             raise ValueError("one frame is not enough for a model with --context 4 or history; call encoder(Batch)")
-        places = position_planes(self.sizes).to(observation.device).expand(len(observation), -1, -1, -1)
-        frames = torch.cat((observation.float() / self.sizes.pixel_scale, places), 1)
+        places = self.places.expand(len(observation), -1, -1, -1)
+        frames = torch.cat((observation.to(places.device).float() / self.sizes.pixel_scale, places), 1)
         nothing = frames.new_zeros(len(frames))
         return self.encoder(Batch(frames, nothing, nothing, nothing))[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on as if nothing had happened."""
-        names = "encoder", "decoder", "head", "optimizer"
-        return {name: getattr(self, name).state_dict() for name in names}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s, or a model file's, which has no optimizer."""
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
-    """The model of a `model.pt`. Raises ValueError with one line, if the file is not one."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no model {path}; a run writes model.pt at its end, best_model.pt before")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        args, sizes = (json.loads(content.pop(name)) for name in ("arguments", "sizes"))
-        model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
-        model.load_state_dict(content)
-    except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"{path} is not a model of {Path(__file__).name} ({type(error).__name__})") from None
-    return model
-
-
-def save_model(model: MOA, path: Path) -> None:
-    """Write the weights alone, and the arguments and sizes that `load_model` builds the networks from."""
-    state = {name: part for name, part in model.state_dict().items() if name != "optimizer"}
-    about = {"arguments": json.dumps(asdict(model.args)), "sizes": json.dumps(model.sizes)}
-    write_atomically(path, lambda file: torch.save({**state, **about}, file))
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> Arrays:
+def predict(agent: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> Arrays:
     """For each row: latent `mean` (R, latent), `kl`, the head's `q` (R, A), the decoder's `frame_nll` and `frame_mse`.
 
     Without noise; what the objective does not train is left out.
@@ -697,12 +544,12 @@ def predict(model: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -
     parts: dict[str, list[Tensor]] = {}
     for part in units.split(max(1, size * len(units) // len(rows))):
         batch = records.batch(part)
-        mean, log_variance = model.encoder(batch)
+        mean, log_variance = agent.encoder(batch)
         values = {"mean": mean, "kl": divergence(mean, log_variance)}
-        if "head" in model.used:
-            values["q"] = model.head(mean, batch).softmax(1)
-        if "decoder" in model.used:
-            frame, logits = batch.frames[:, : model.sizes.channels], model.decoder(mean)
+        if "head" in agent.used:
+            values["q"] = agent.head(mean, batch).softmax(1)
+        if "decoder" in agent.used:
+            frame, logits = batch.frames[:, : agent.sizes.channels], agent.decoder(mean)
             nll = F.binary_cross_entropy_with_logits(logits, frame, reduction="none")
             values["frame_nll"] = nll.sum((1, 2, 3))
             values["frame_mse"] = (logits.sigmoid() - frame).square().mean((1, 2, 3))
@@ -735,82 +582,394 @@ def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Ca
     return log_probabilities
 
 
-def probe(
-    model: MOA, records: Records, rows: np.ndarray, mean: np.ndarray, more: dict[str, tuple[Tensor, int]] | None = None
-) -> dict[str, Tensor]:
-    """Log-probabilities (R, classes) by linear probes of the latent `mean` (R, latent) of these rows: of the action.
+def predict_actions(agent: MOA, records: Records, rows: np.ndarray) -> Arrays:
+    """`predict` with `row` (R,) and always `q` (R, A): by a linear probe of the latent, where no head is trained."""
+    values = predict(agent, records, rows)
+    if "q" not in values:
+        seen, action, legal = records.probe_rows(), records.action.cpu(), records.mask.cpu()
+        latent = torch.from_numpy(predict(agent, records, seen)["mean"])
+        classify = fit_probe(latent, action[seen], records.sizes.actions, legal[seen])
+        values["q"] = classify(torch.from_numpy(values["mean"]), legal[rows]).exp().numpy()
+    return {"row": rows, **values, "q": values["q"].astype(np.float64)}
 
-    And of `more`: by name, each row's class (N,) and how many there are.
+
+def evaluate(agent: MOA, records: Records, test: Arrays) -> dict[str, float]:
+    """Losses on the validation games, without noise, and scores of `test`, the predictions of held-out games."""
+    rows = records.rows(1)
+    seen = predict(agent, records, rows)
+    parts = {"kl": (seen["kl"], agent.args.kl_weight)}  # the final weight, so that epochs compare
+    if "q" in seen:
+        parts["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
+    if "frame_nll" in seen:
+        parts["reconstruction"] = seen["frame_nll"], agent.args.reconstruction_weight
+    losses = {name: float(values.mean()) for name, (values, _) in parts.items()}
+    losses["loss"] = sum(weight * losses[name] for name, (_, weight) in parts.items())
+    metrics = {f"validation_{name}": losses.get(name, math.nan) for name in LOSSES}
+    for row in score_subsets(test["q"], records, test["row"]):
+        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
+        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
+    metrics["frame_mse"] = float(test["frame_mse"].mean()) if "frame_mse" in test else math.nan
+    return metrics
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> Path:
+    """Pre-train one model, evaluate it, and return its run folder."""
+    try:
+        check(args)
+        arrays, meta = open_dataset(args)
+        loaded = load_model(args.load) if args.load else None
+        check_fit(args, sizes_of(arrays, meta), meta, loaded)
+    except ValueError as error:
+        usage_error(str(error))
+    with Run(args) as run:
+        device = set_up_torch(args)
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not pay
+        records = Records(arrays, meta, args.context, device)
+        agent = MOA(args, records.sizes, device)
+        if loaded:
+            for name in loaded.used:
+                getattr(agent, name).load_state_dict(getattr(loaded, name).state_dict())
+        sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
+        passes = f"{args.total_timesteps / sampler.batches:.1f} passes, {sampler.size} units a batch"
+        run.say(f"{run.name}: {len(records.rows(0)):,} training rows, {passes}")
+        losses: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}  # of the losses, since the last evaluation
+        step = 0
+        if run.checkpoint:
+            with run.restoring():
+                state = run.checkpoint
+                if state["dataset"] != records.fingerprint():
+                    usage_error(f"{run.folder} began with another dataset; restore it, or start another run")
+                step, sums = state["step"], state["sums"]
+                agent.load_state_dict(state["agent"])
+                agent.optimizer.load_state_dict(state["optimizer"])
+
+        def model_state() -> dict[str, Any]:
+            """What `load_model` builds the networks from, beside the arguments."""
+            return {"agent": agent.state_dict(), "sizes": json.dumps(records.sizes)}
+
+        def evaluate_agent() -> None:
+            """Score an epoch, write it down, and keep the best model; a signal may end this anywhere."""
+            epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
+            train = {name: float(value) / steps for name, value in sums.items()}
+            train["loss"] = train.get("total", math.nan)
+            test = predict_actions(agent, records, records.rows(2, args.eval_episodes))
+            metrics = {f"train_{name}": train.get(name, math.nan) for name in LOSSES}
+            metrics |= evaluate(agent, records, test)
+            write_epoch(run.folder, epoch, test, records)
+            rows = [*run.eval_rows, {"step": step, **metrics}]
+            run.log_figure(step, "vae_loss_curve", draw_losses(rows, run.name))
+            if all(metrics["validation_loss"] <= row["validation_loss"] for row in run.eval_rows):
+                run.save_model("best_model.pt", model_state())  # test rows have no say in it
+            names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
+            run.say(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
+                f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
+            ))  # fmt: skip
+            run.log_evaluation(step, metrics)
+
+        while True:
+            last = step == args.total_timesteps
+            evaluating = last or (step > 0 and step % args.eval_frequency == 0)
+            saving = evaluating or (step > 0 and step % args.checkpoint_frequency == 0) or run.signal
+            if losses and (saving or step % 500 == 0):
+                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                speed = run.steps_per_second(step)
+                run.log(step, {
+                    **{f"losses/{name}": value for name, value in losses.items()}, "charts/SPS": speed,
+                    "charts/rows_per_second": speed * args.batch_size, "charts/alpha": agent.alpha(step),
+                    "charts/learning_rate": agent.optimizer.param_groups[0]["lr"],
+                })  # fmt: skip
+            if evaluating and not run.evaluated(step):
+                run.unless_stopped(evaluate_agent)
+            if run.evaluated(step):
+                sums = {}
+            if saving:
+                state = {
+                    "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict(), "sums": sums,
+                    "dataset": records.fingerprint(),
+                }  # fmt: skip
+                run.save_checkpoint(step, state)
+                if run.signal and not (last and run.evaluated(step)):
+                    run.stop()
+            if last:
+                break
+
+            losses = agent.update(sampler.batch(step, args.augment), step)
+            # Without waiting for the device.
+            sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+            step += 1
+            run.progress(step, "")
+
+        run.save_model("model.pt", model_state())
+
+        def film() -> None:
+            """Videos of three held-out games, with what the best model predicts for each player."""
+            best = load_model(run.folder / "best_model.pt", device)
+            test = predict_actions(best, records, records.rows(2, 3))
+            run.log_videos(step, record_videos(test, records, run.folder / "videos"))
+
+        run.finish(step, state, *([film] if args.capture_video else []))
+    print(f"see {run.folder}; scores beside the ceilings, and pictures: python benchmark/moa.py report {run.folder}")
+    return run.folder
+
+
+# Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
+CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "context": ("1", "4", "history")}
+
+
+def check(args: Args) -> None:
+    """Check all that can be checked without the data. Raises ValueError with one line."""
+    for name, choices in CHOICES.items():
+        if (value := getattr(args, name)) not in choices:
+            near = difflib.get_close_matches(value, choices, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--{name.replace('_', '-')} {value}: one of {', '.join(choices)} expected{hint}")
+    at_least_one = (
+        "checkpoint_frequency", "eval_frequency", "eval_episodes", "rows", "max_cycles", "latent_dim", "batch_size",
+    )  # fmt: skip
+    positive = dict.fromkeys(("learning_rate", "max_grad_norm"), 1e-30)
+    most = {"max_cycles": np.iinfo(np.int16).max, "latent_dim": 65_536}
+    check_numbers(args, {**dict.fromkeys(at_least_one, 1), **positive}, most)
+    if args.total_timesteps == 0 and not args.load:
+        raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
+
+
+def sizes_of(arrays: Arrays, meta: dict[str, Any]) -> Sizes:
+    """The sizes of a record."""
+    _, channels, height, width = arrays["obs"].shape
+    actions, players = arrays["action_mask"].shape[1], arrays["prev_actions"].shape[1]
+    steps = (meta.get("env_kwargs") or {}).get("max_cycles") or arrays["t"].max() + 1
+    pixel_scale = meta.get("observation_scale") or (255 if arrays["obs"].max() > 1 else 1)
+    return Sizes(channels, height, width, actions, players, float(pixel_scale), float(steps))
+
+
+def is_stag_hunt(meta: dict[str, Any]) -> bool:
+    """Whether a record is of the stag hunt: only of that it is known what turning the board does to the actions."""
+    return stag_hunt is not None and list(meta.get("action_names") or []) == list(stag_hunt.ACTION_NAMES)
+
+
+def check_fit(args: Args, sizes: Sizes, meta: dict[str, Any], model: MOA | None) -> None:
+    """Raise ValueError if the model of `--load` does not fit the arguments and the data, or nothing can be filmed."""
+    if args.capture_video and not is_stag_hunt(meta):
+        raise ValueError("--capture-video draws games of the stag hunt; these are of another one")
+    if model is None:
+        return
+    text = "observations {}x{}x{}, {} actions, {} players, --latent-dim {}, --head-input {}, --context {}"
+    has, wanted = (
+        text.format(*shape[:5], own.latent_dim, own.head_input, own.context)
+        for own, shape in ((model.args, model.sizes), (args, sizes))
+    )
+    if has != wanted:
+        raise ValueError(f"{args.load} is a model for {has}; this run has {wanted}")
+    if args.total_timesteps == 0 and model.args.objective != args.objective:
+        raise ValueError(f"{args.load} was trained with --objective {model.args.objective}: evaluate it with that")
+    if args.total_timesteps == 0 and model.sizes.time_scale != sizes.time_scale:
+        limits = f"games of at most {model.sizes.time_scale:g} steps; these have {sizes.time_scale:g}"
+        raise ValueError(f"{args.load} was trained on {limits}: it would read the time wrongly")
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
+    """The model of a `model.pt`. Raises ValueError with one line, if the file is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        args, sizes = (json.loads(content[name]) for name in ("arguments", "sizes"))
+        model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
+        model.load_state_dict(content["agent"])
+    except FileNotFoundError:
+        raise ValueError(f"there is no model {path}; a run writes model.pt at its end, best_model.pt before") from None
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is not a model of {Path(__file__).name} ({type(error).__name__})") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path} holds weights that are not finite; its training has failed")
+    return model
+
+
+# Games: from a file, of scripted players, or of any PettingZoo game at random
+FIELDS = (  # of a record, which this script reads; see envs/records.py
+    "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
+    "episode_seed",
+)  # fmt: skip
+
+
+def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
+
+    Raises ValueError with one line.
     """
-    fit_rows, action = records.probe_rows(model.args.probe_rows), (records.action.cpu(), records.sizes.actions)
-    fitted, found = torch.from_numpy(predict(model, records, fit_rows)["mean"]), {}
-    for name, (target, classes) in {"action": action, **(more or {})}.items():
-        legal = records.mask.cpu() if name == "action" else torch.ones(len(target), 1, dtype=torch.bool)
-        classify = fit_probe(fitted, target[fit_rows], classes, legal[fit_rows])
-        found[name] = classify(torch.from_numpy(mean), legal[rows])
-    return found
+    if args.dataset and stag_hunt is None:
+        raise ValueError("--dataset needs the folder envs beside this script")
+    if args.dataset:
+        return read_records(Path(args.dataset), FIELDS)
+    env = make_env(args)
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.max_cycles}__{args.rows}__{args.data_seed}.npz"
+    try:
+        if stag_hunt is None:
+            return collect(args, env, args.rows)
+        return cached_records(Path(args.data_dir) / name, args.rows, functools.partial(collect, args, env), FIELDS)
+    except KeyboardInterrupt:
+        print("stopped while games were collected; none are kept", file=sys.stderr)
+        raise
+    finally:
+        with contextlib.suppress(Exception):  # a third party's
+            env.close()
 
 
-class Evaluation(NamedTuple):
-    """Predictions `q` (R, A) for `rows` (R,), and everything else that `predict` returns for them."""
+def make_env(args: Args) -> Any:
+    """Make a PettingZoo parallel environment. Raises ValueError with one line, if it cannot be had or does not fit."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that `mine:game` finds the user's mine.py
+    module, colon, name = args.env_id.partition(":")
+    try:
+        env = getattr(importlib.import_module(module), name)() if colon else pettingzoo.make("parallel", args.env_id)
+    except Exception as error:  # whatever a third party's environment raises, it is about this id
+        known = [key.removesuffix("-v0") for key in pettingzoo.parallel_registry]
+        near = difflib.get_close_matches(args.env_id, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "ids look like sisl/pursuit-v5 or module:callable"
+        reason = str(error).split(" Available environments")[0].rstrip(".")
+        raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {reason}; {hint}") from None
+    if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):
+        raise ValueError(f"expected a PettingZoo parallel environment, but {args.env_id} is a {type(env).__name__}")
+    try:
+        pairs = [(agent, box_of(env, agent), env.action_space(agent)) for agent in env.possible_agents]
+    except Exception as error:
+        raise ValueError(f"{args.env_id} does not tell its spaces: {type(error).__name__}: {error}") from None
+    for agent, box, action in pairs:
+        if not isinstance(action, gym.spaces.Discrete):
+            raise ValueError(f"expected discrete actions, but {agent} of {args.env_id} has {action}")
+        if not isinstance(box, gym.spaces.Box) or len(box.shape) != 3:
+            raise ValueError(f"expected image-like observations (a Box with 3 axes), but {agent} has {box}")
+    kinds = {f"views {box.shape}, {action.n} actions from {action.start} on" for _, box, action in pairs}
+    if not kinds:
+        raise ValueError(f"{args.env_id} has no player: its possible_agents are empty")
+    if len(kinds) > 1:
+        raise ValueError(f"expected agents of one kind, but those of {args.env_id} differ: {'; '.join(sorted(kinds))}")
+    return env
 
-    rows: np.ndarray
-    q: np.ndarray
-    values: Arrays
+
+def box_of(env: Any, agent: str) -> Any:
+    """The space of an agent's picture, beside which there may be a mask in a dict."""
+    space = env.observation_space(agent)
+    return space.spaces.get("observation", space) if isinstance(space, gym.spaces.Dict) else space
 
 
-def evaluate(model: MOA, records: Records, rows: np.ndarray) -> Evaluation:
-    """Predict rows with the policy head, or, where the objective trains none, with a linear probe of the latent."""
-    values = predict(model, records, rows)
-    q = values.pop("q", None)
-    if q is None:
-        q = probe(model, records, rows, values["mean"])["action"].exp().numpy()
-    return Evaluation(rows, q.astype(np.float64), values)
+def collect(args: Args, env: Any, rows: int) -> tuple[Arrays, dict[str, Any]]:
+    """So many rows of games, of scripted players where the game has some. Raises ValueError with one line."""
+    box = box_of(env, env.possible_agents[0])
+    with contextlib.suppress(AttributeError):  # not on Windows
+        needed = 2 * rows * box.dtype.itemsize * math.prod(box.shape)  # what each row shows before and after its step
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            text = f"--rows {rows} need {needed / 1e9:,.1f} GB of memory"
+            raise ValueError(f"{text}; this machine has {memory / 1e9:,.1f}")
+    try:
+        if stag_hunt is not None and isinstance(env, stag_hunt.StagHunt):
+            arrays, meta = stag_hunt.collect(rows, env.config, args.max_cycles, seed=args.data_seed)
+        else:
+            arrays, meta = play_randomly(env, rows, args.max_cycles, args.data_seed)
+    except Exception as error:  # whatever a third party's environment raises
+        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{args.env_id} cannot be played: {reason}") from None
+    if rows == args.rows and (games := len(arrays["split"])) < 3:
+        raise ValueError(f"--rows {rows} are {games} games: at least 3 are needed, to train, validate and test on")
+    return arrays, {**meta, "env_id": args.env_id, "command": sys.argv}
 
 
-def run_probes(model: MOA, records: Records, result: Evaluation) -> dict[str, float]:
-    """Accuracy of linear probes from the frozen latent mean: action, strategy, and where things are on the board."""
-    names, cells, targets = records.channel_names, records.places[0].numel(), {}
-    if len(records.strategies) > 1:
-        targets["strategy"] = records.strategy.cpu(), len(records.strategies)
-    for name in [name for name in ("self", "stag") if name in names]:
-        plane = records.obs[:, names.index(name)].flatten(1).cpu()
-        targets[f"{name}'s cell"] = torch.where((plane > 0).any(1), plane.argmax(1), cells), cells + 1
-    found, accuracy = probe(model, records, result.rows, result.values["mean"], targets), {}
-    for name, guess in found.items():
-        truth = targets[name][0] if name in targets else records.action.cpu()
-        accuracy[name] = float((guess.argmax(1) == truth[result.rows]).float().mean())
-    return {"latent KL": float(result.values["kl"].mean()), **accuracy}
+def see(env: Any, agent: str, seen: Any, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A copy (C, H, W) of an agent's picture, and its legal actions (A,).
 
-
-def reference_strategy(records: Records, rows: np.ndarray, args: Args) -> np.ndarray:
-    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
-
-    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
+    The mask is beside the picture, in the info, in both, or nowhere: then all actions are legal.
     """
-    device = records.obs.device
-    records = Records(records.arrays, records.meta, "1", device)
-    sampler = Sampler(records, records.rows(0), 256, seed=0)
-
-    def log_probabilities(batch: Batch) -> Tensor:
-        return layer(torch.cat((trunk(batch), batch.time[:, None]), 1)).log_softmax(1)
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        trunk, layer = Trunk(records.sizes, "1").to(device), nn.Linear(HIDDEN + 1, len(records.strategies)).to(device)
-        optimizer = torch.optim.Adam([*trunk.parameters(), *layer.parameters()], fused=True)
-        for step in range(args.reference_steps):
-            optimizer.param_groups[0]["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / args.reference_steps))
-            strategy = records.strategy[sampler.draw(step)]
-            loss = F.nll_loss(log_probabilities(sampler.batch(step, args.augment)), strategy)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.inference_mode():
-        batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
-        return torch.cat([log_probabilities(batch).exp().cpu() for batch in batches]).numpy()
+    legal, shape = np.ones(env.action_space(agent).n, bool), box_of(env, agent).shape
+    for place in (seen if isinstance(seen, dict) else {}, info):
+        mask = np.asarray(place.get("action_mask", legal))
+        if mask.shape != legal.shape:
+            raise ValueError(f"{agent} has {len(legal)} actions, but a mask of shape {mask.shape}")
+        legal = legal & mask.astype(bool)
+    picture = np.array(seen["observation"] if isinstance(seen, dict) else seen)
+    if picture.shape != shape:
+        raise ValueError(f"{agent} sees shape {picture.shape}, but its space has {shape}")
+    if not np.isfinite(picture).all():
+        raise ValueError(f"{agent} sees nan or inf, which no picture can hold")
+    # Channels first: they are the axis that is unlike the other two.
+    first = shape[1] == shape[2] != shape[0] or (len(set(shape)) == 3 and shape[0] == min(shape))
+    return picture.transpose((0, 1, 2) if first else (2, 0, 1)), legal
 
 
+def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays (the format's fields) and meta data of any game, played by random legal actions."""
+    agents, generator, table, episode = env.possible_agents, np.random.default_rng([seed, 2]), [], 0
+    n, start = len(agents), int(env.action_space(agents[0]).start)
+    while len(table) < rows:
+        views, infos = env.reset(seed=episode_seed(seed, episode))
+        now = {agent: see(env, agent, views[agent], infos.get(agent, {})) for agent in env.agents}
+        previous = np.full(n, -1)
+        for t in range(max_cycles):
+            if stuck := [agent for agent, (_, legal) in now.items() if not legal.any()]:
+                raise ValueError(f"{stuck[0]} has no legal action at step {t} of game {episode}")
+            chosen = {agent: int(generator.choice(np.flatnonzero(legal))) for agent, (_, legal) in now.items()}
+            if not chosen:
+                break
+            views, rewards, ended, cut, infos = env.step({agent: k + start for agent, k in chosen.items()})
+            # Some games show nothing any more to those who have left: their last view stays.
+            shown = [agent for agent in dict.fromkeys([*chosen, *env.agents]) if agent in views or agent in env.agents]
+            then = now | {agent: see(env, agent, views[agent], infos.get(agent, {})) for agent in shown}
+            paid = np.array([np.asarray(rewards.get(agent, 0.0), float).item() for agent in agents])
+            joint = np.array([chosen.get(agent, -1) for agent in agents])
+            for agent, action in chosen.items():
+                i = agents.index(agent)
+                table.append({
+                    "obs": now[agent][0], "next_obs": then[agent][0], "action": action, "action_mask": now[agent][1],
+                    "t": t, "episode": episode, "agent": i, "prev_actions": np.roll(previous, -i),
+                    "joint_action": np.roll(joint, -i), "reward": paid[i], "rewards": np.roll(paid, -i),
+                    "terminated": ended.get(agent, agent not in shown),
+                    "truncated": cut.get(agent, False) or t == max_cycles - 1,
+                })  # fmt: skip
+            now, previous = {agent: then[agent] for agent in env.agents}, joint
+        if not table or table[-1]["episode"] != episode:
+            raise ValueError(f"it has no player at the start of game {episode}")
+        episode += 1
+    table = sorted(table[:rows], key=lambda row: (row["episode"], row["agent"], row["t"]))
+    arrays = {name: np.array([row[name] for row in table]) for name in table[0]}
+    if not np.isfinite(arrays["rewards"]).all():
+        raise ValueError("it pays rewards that are not finite")
+    arrays |= {"strategy": np.full(rows, -1), "roster": np.full((episode, n), -1), "split": np.zeros(episode, int)}
+    arrays["episode_seed"] = np.array([episode_seed(seed, i) for i in range(episode)])
+    held_out, order = max(1, round(episode / 10)), np.random.default_rng([seed, 1]).permutation(episode)
+    arrays["split"][order[:held_out]], arrays["split"][order[held_out : 2 * held_out]] = 2, 1
+    pictures, scaling = to_bytes((arrays["obs"], arrays["next_obs"]), box_of(env, agents[0]))
+    arrays["obs"], arrays["next_obs"] = pictures
+    return arrays, {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, **scaling}
+
+
+UNBOUNDED = 1e6  # bounds that are wider than this are none
+
+
+def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    """Pictures (N, C, H, W) as uint8, scaled from the bounds of their space to 0..255; uint8 stays as it is.
+
+    Without bounds the range is that of what occurs. Raises ValueError where that is so wide that little would be left.
+    """
+    low, high = float(box.low.min()), float(box.high.max())
+    least, most = float(min(map(np.min, pictures))), float(max(map(np.max, pictures)))
+    bounded = max(abs(low), abs(high)) < UNBOUNDED
+    if not bounded:
+        low, high = least, most
+    if least < low or most > high:
+        print(f"warning: views from {least:g} to {most:g} are cut off at {low:g} and {high:g}", file=sys.stderr)
+    about = {"observation_range": [low, high], "observation_bounded": bounded, "observation_scale": 255}
+    if all(values.dtype == np.uint8 for values in pictures):
+        return pictures, {**about, "observation_scale": 1 if max(high, most) <= 1 else 255}
+    scaled = [np.rint((values.astype(float) - low) / max(high - low, 1e-9) * 255).clip(0, 255) for values in pictures]
+    some = slice(None, None, max(1, pictures[0].size // 100_000))
+    before, after = (len(np.unique(values.reshape(-1)[some])) for values in (pictures[0], scaled[0]))
+    if 32 * after < min(before, 256):
+        lost = f"of {before:,} values {after} would be left, scaled from {low:g} and {high:g}"
+        raise ValueError(f"{lost}; give its observation space the bounds that matter")
+    return tuple(values.astype(np.uint8) for values in scaled), about
+
+
+# Scores, and what is written of an epoch
 def surprise(probabilities: np.ndarray) -> np.ndarray:
     """-log p, infinite for 0."""
     with np.errstate(divide="ignore"):
@@ -859,29 +1018,6 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]
     return {name: float(value) for name, value in result.items()}
 
 
-def baselines(records: Records, rows: np.ndarray) -> Arrays:
-    """Predictions (R, A) without looking: the training rows' class shares, as they are and among the legal actions."""
-    shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions) + 1.0
-    shares /= shares.sum()
-    legal = np.where(records.arrays["action_mask"][rows], shares, 0.0)
-    return {"majority": np.tile(shares, (len(rows), 1)), "prior + mask": legal / legal.sum(1, keepdims=True)}
-
-
-def difference(
-    first: np.ndarray, second: np.ndarray, records: Records, rows: np.ndarray, done: bool = False
-) -> tuple[float, float]:
-    """Expected accuracy of predictions (R, A) minus that of others, and its standard error.
-
-    The error is clustered by episode: rows of one game are not independent. The policies must be known. With `done` it
-    is the accuracy on what was done, luck and all: only this one rises where predictions have seen the labels.
-    """
-    every, action = np.arange(len(rows)), records.arrays["action"][rows].astype(int)
-    true = np.eye(records.sizes.actions)[action] if done else records.ceilings["oracle"][rows]
-    gain = true[every, first.argmax(1)] - true[every, second.argmax(1)]
-    sums = np.bincount(records.arrays["episode"][rows], weights=gain - gain.mean())
-    return float(gain.mean()), float(np.sqrt(np.square(sums).sum()) / len(rows))
-
-
 def subsets(records: Records, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Positions in `rows` by name: all of them, then those of each strategy that is among them."""
     yield "all", np.arange(len(rows))
@@ -905,65 +1041,88 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def evaluate_epoch(model: MOA, records: Records, train: dict[str, float]) -> tuple[dict[str, float], Evaluation]:
-    """Losses on validation games and scores of the first test games; `train` are this epoch's mean training losses."""
-    seen, rows = predict(model, records, records.rows(1)), records.rows(1)
-    parts = {"kl": (seen["kl"], model.args.kl_weight)}  # the final weight, so that epochs compare
-    if "q" in seen:
-        parts["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
-    if "frame_nll" in seen:
-        parts["reconstruction"] = seen["frame_nll"], model.args.reconstruction_weight
-    losses = {name: float(values.mean()) for name, (values, _) in parts.items()}
-    losses["loss"] = sum(weight * losses[name] for name, (_, weight) in parts.items())
-    metrics = {f"train_{name}": train.get(name, math.nan) for name in LOSSES}
-    metrics |= {f"validation_{name}": losses.get(name, math.nan) for name in LOSSES}
-    result = evaluate(model, records, records.rows(2, model.args.eval_episodes))
-    for row in score_subsets(result.q, records, result.rows):
-        prefix = "" if row["subset"] == "all" else f"{row['subset']}_"
-        metrics |= {f"{prefix}{name}": value for name, value in row.items() if name not in ("subset", "rows")}
-    metrics["frame_mse"] = float(result.values["frame_mse"].mean()) if "frame_mse" in result.values else math.nan
-    return metrics, result
-
-
-def write_epoch(folder: Path, epoch: int, result: Evaluation, records: Records) -> None:
+def write_epoch(folder: Path, epoch: int, test: Arrays, records: Records) -> None:
     """`moa_eval_epoch{k}.csv`: scores and recall by strategy; `.npz`: predictions and latents, row by row."""
-    table = score_subsets(result.q, records, result.rows)
-    for row, (_, part) in zip(table, subsets(records, result.rows), strict=True):
-        recall = recalls(confusion(result.q[part], records, result.rows[part])).tolist()
+    rows, q = test["row"], test["q"]
+    table = score_subsets(q, records, rows)
+    for row, (_, part) in zip(table, subsets(records, rows), strict=True):
+        recall = recalls(confusion(q[part], records, rows[part])).tolist()
         row |= {f"recall {name}": value for name, value in zip(records.action_names, recall, strict=True)}
     write_csv(folder / f"moa_eval_epoch{epoch}.csv", table)
-    content = {"row": result.rows, "q": result.q.astype(np.float32), **result.values}
-    content |= {name: records.arrays[name][result.rows] for name in ("action", "strategy")}
-    content["confusion"] = confusion(result.q, records, result.rows)
+    content = {**test, "q": q.astype(np.float32), "confusion": confusion(q, records, rows)}
+    content |= {name: records.arrays[name][rows] for name in ("action", "strategy")}
     write_atomically(folder / f"moa_eval_epoch{epoch}.npz", lambda file: np.savez_compressed(file, **content))
 
 
-def record_videos(result: Evaluation, records: Records, folder: Path, step: int, games: int = 3) -> list[Path]:
-    """Write mp4 videos of the first held-out games, with what is predicted for each player, and return their paths."""
+# Pictures
+def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
+    """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
+    names = [name for name in LOSSES if not math.isnan(rows[-1][f"validation_{name}"])]
+    figure = Figure(figsize=(4.0 * len(names) + 0.6, 3.9), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    steps = [row["step"] for row in rows]
+    for axis, name in zip(axes, names, strict=True):
+        for part in ("train", "validation"):
+            axis.plot(steps, [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows")
+        axis.set(xlabel="gradient steps", ylabel=f"{name} (nats)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def record_videos(test: Arrays, records: Records, folder: Path) -> list[Path]:
+    """Write mp4 videos of the games in `test`, with what is predicted for each player, and return their paths."""
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 
     arrays, names, paths = records.arrays, records.action_names, []
 
     def caption(row: int) -> str:
-        q = result.q[np.searchsorted(result.rows, row)]
+        q = test["q"][np.searchsorted(test["row"], row)]
         likely = ", ".join(f"{names[a]} {q[a]:.0%}" for a in np.argsort(-q)[:3] if q[a] >= 0.005)
         player = str(arrays["agent"][row])
-        player += f" ({records.strategies[arrays['strategy'][row]]})" if records.strategies else ""
+        if records.strategies:
+            player += f" ({records.strategies[arrays['strategy'][row]]})"
         return f"{player} does {names[arrays['action'][row]]}; predicted: {likely}"
 
-    (folder / "videos").mkdir(exist_ok=True)
-    for episode in np.unique(arrays["episode"][result.rows])[:games]:
-        frames = list(stag_hunt.replay(stag_hunt.Dataset(arrays, records.meta), episode, caption))
-        paths.append(folder / "videos" / f"step{step}-game{episode}.mp4")
+    folder.mkdir(exist_ok=True)
+    for episode in np.unique(arrays["episode"][test["row"]]):
+        frames = list(stag_hunt.replay(Record(arrays, records.meta), episode, caption))
+        paths.append(folder / f"game{episode}.mp4")
         ImageSequenceClip(frames, fps=2).write_videofile(str(paths[-1]), logger=None)
     return paths
 
 
-# --- run folder, logging, checkpoints: the same text in every script ---
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
+class RunError(ValueError):
+    """Ends a run with one line instead of a traceback: its text is for the user."""
+
+
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
     print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
     raise SystemExit(2)
+
+
+def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
+    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
+            low, high = least.get(name, 0), most.get(name, limit)
+            if not low <= value <= high:  # nan is not, either
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Seed PyTorch, make it deterministic, and choose the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
 def episode_seed(seed: int, index: int, stream: int = 0) -> int:
@@ -982,99 +1141,148 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 class Run:
-    """The run folder, everything that is written into it, and the signals that end a run."""
+    """The run folder, what is written into it, and the signals that end a run. Use it in a `with` statement."""
 
     def __init__(self, args: Args) -> None:
         """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
         if args.resume and not args.run_name:
             usage_error("--resume needs the --run-name of the run to continue")
-        if args.track:
-            try:
-                import wandb
-            except ModuleNotFoundError:
-                usage_error("--track needs wandb; try pip install wandb, or leave it out")
-        if args.capture_video and importlib.util.find_spec("moviepy") is None:
-            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = re.sub(r"[/\\:]", "-", name)
-        if self.name in ("", ".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
-            usage_error(f"--run-name {name[:50]!r}: a plain folder name of at most 200 bytes expected")
-        self.folder = Path(args.runs_dir) / self.name
+        if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
+            usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
-        if self.folder.exists() and not args.resume:
-            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        if self.folder.exists():
-            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"it is a file"}
+        self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        self.folder = Path(args.runs_dir) / self.name
+        try:
+            while not args.run_name and self.folder.exists():
+                self.name += "_"  # another run began in this second
+                self.folder = Path(args.runs_dir) / self.name
+            found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
-        try:
             self.folder.mkdir(parents=True, exist_ok=args.resume)
-            self.lock = self.take_lock()
-        except FileExistsError:  # another process was faster
-            usage_error(f"{self.folder} exists; choose another --run-name")
-        except OSError as error:
-            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
-        if args.resume:
-            self.load_checkpoint()
-        if self.checkpoint is None:
-            commit = None
-            with contextlib.suppress(OSError):  # no git here
-                git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-                commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-            about = {
-                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
-                "commit": commit, "python": sys.version.split()[0],
-                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-            }  # fmt: skip
-            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
-            shutil.copy(__file__, self.folder / Path(__file__).name)
-        step = self.checkpoint["step"] if self.checkpoint else 0
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
-        if args.track:
-            try:
-                wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
-                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
-                )  # fmt: skip
-            except Exception as error:  # no key, a bad name, no network; nothing is removed: it may be a run of old
-                hint = "run `wandb login`" if "key" in str(error) or "login" in str(error) else "change the name"
-                hint += f", or set WANDB_MODE=offline, and go on with --run-name {self.name} --resume"
-                usage_error(f"wandb: {error}; {hint}")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb = wandb
+            self.take_lock()
+            if args.resume:
+                self.load_checkpoint()
+            step = self.checkpoint["step"] if self.checkpoint else 0
+            if not self.checkpoint:
+                self.describe()
+            # What a killed run wrote after its last checkpoint is purged: it is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if self.checkpoint else 0)
+            if args.track:
+                self.start_wandb(args)
+        except FileExistsError:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        except OSError as error:  # a full or read-only disk, somebody else's folder
+            usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 
-    def take_lock(self) -> BinaryIO:
+    def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
-        file = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
+        self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
         try:  # not flock, which children inherit: one that outlives this process would keep the folder
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
-        except (NameError, OSError) as error:  # not on this system, or not on this file system
+        except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
             print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
-        return file
+
+    def describe(self) -> None:
+        """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        packages = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = {"script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit}
+        about |= {"python": sys.version.split()[0], "packages": packages}
+        write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        shutil.copy(__file__, self.folder / Path(__file__).name)
+
+    def start_wandb(self, args: Args) -> None:
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+            )  # fmt: skip
+        except ModuleNotFoundError:
+            usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        except Exception as error:  # no key, a bad name, no network
+            cure = "run `wandb login`" if "key" in str(error) or "log in" in str(error) else "change what it names"
+            usage_error(f"wandb: {error}; {cure}, or set WANDB_MODE=offline, and add --run-name {self.name} --resume")
+        wandb.define_metric("*", step_metric="global_step")
+        self.wandb = wandb
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
-        self.signal = number
+        """Remember the signal: the loop saves and stops after its current step. A second one ends the run at once."""
+        now = time.monotonic()
+        if self.signal and now - self.signal_time > 1.0:  # `timeout` sends its one signal twice
+            os._exit(128 + number)
+        self.signal, self.signal_time = self.signal or number, self.signal_time or now
         if self.at_once:
             raise KeyboardInterrupt
 
+    def unless_stopped(self, work: Callable[[], Any]) -> None:
+        """Do `work`, which a signal ends at once: a resumed run does it again."""
+        try:
+            self.at_once = True
+            if not self.signal:
+                work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.at_once = False
+
+    def say(self, text: str) -> None:
+        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self.signal = self.signal or signal.SIGTERM
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                self.say(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}")
+
+    def steps_per_second(self, step: int) -> float:
+        """Steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        """Write scalars to TensorBoard and wandb. Raises RunError for a loss that is not finite."""
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+                raise RunError(f"step {step}: {name} is {value}; try a smaller learning rate")
             self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({**metrics, "global_step": step})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
@@ -1088,15 +1296,13 @@ class Run:
         lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
         write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
 
-    def log_figure(self, step: int, name: str, figure: Any) -> None:
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
         """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
         path = self.folder / f"{name}.png"
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        figure.clear()
-        image = np.asarray(PIL.Image.open(path).convert("RGB"))
-        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        self.writer.add_figure(f"images/{name}", figure, step)
         if self.wandb:
-            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+            self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
         """Show videos that lie in the run folder in wandb too."""
@@ -1104,22 +1310,10 @@ class Run:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar; without a terminal, print a line every 10 seconds."""
-        self.bar.update(step - self.bar.n)
-        now = time.monotonic()
-        if now - self.shown > 10.0:
-            self.shown = now
-            self.bar.set_postfix_str(text, refresh=False)
-            if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                print(f"{self.name}: {done}, {text}", flush=True)
-
-    def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
-        then, self.window_time = self.window_time, time.monotonic()
-        steps, self.window_step = step - self.window_step, step
-        return steps / max(self.window_time - then, 1e-9)
+    def save_model(self, name: str, state: dict[str, Any]) -> None:
+        """Write weights alone, and the arguments, from which the agent can be built again."""
+        content = {**state, "arguments": json.dumps(self.settings)}
+        write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
         """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
@@ -1132,18 +1326,19 @@ class Run:
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
         except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
-            self.fail(f"step {step}: cannot write {path} ({error})")
+            raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        finished = False
         try:
             if path.exists():
                 if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
-                self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
+                self.eval_rows, finished, _ = (self.checkpoint[name] for name in ("eval_rows", "finished", "step"))
             elif about.exists():
                 recorded = json.loads(about.read_text())
                 script, arguments = recorded["script"], dict(recorded["arguments"])
@@ -1157,17 +1352,20 @@ class Run:
         if changed:
             listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
             usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
-        if self.checkpoint and finished:
+        if finished:
             print(f"{self.folder} is finished")
             raise SystemExit(0)
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line."""
+        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
         try:
             yield
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            self.write_evaluations()  # a killed run may have written further
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            self.close()
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
@@ -1175,331 +1373,54 @@ class Run:
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
-    def restore_random_state(self) -> None:
-        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
-        with self.restoring():
-            torch.set_rng_state(self.checkpoint["torch_rng"])
-            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-        self.write_evaluations()
-
-    def fail(self, message: str) -> NoReturn:
-        """End the run with one line and status 1; the last checkpoint stays as it is."""
-        path = self.folder / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        self.close()
-        print(f"error: {message}; {last}", file=sys.stderr)
-        raise SystemExit(1)
-
     def stop(self) -> NoReturn:
         """End the run after a signal, with the status that a shell gives it (143 or 130)."""
-        self.close()
+        self.bar.close()
         print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
-    def close(self) -> None:
-        """Close the bar and the loggers and give the signals back."""
+    def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
+        """Make what comes after training, and mark the checkpoint as finished.
+
+        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        """
+        for extra in extras:
+            try:
+                self.unless_stopped(extra)
+            except Exception as error:
+                self.say(f"warning: {extra.__name__} failed ({type(error).__name__}: {error}); the models are saved")
+            if self.signal:
+                self.stop()
+        self.save_checkpoint(step, state, finished=True)
+
+    def __enter__(self) -> Run:
+        """The run itself."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
+            self.writer.close()
         if self.wandb:
             self.wandb.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
-# --- end of the common block ---
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
-    """A figure of its own (no pyplot, so no global state), with an array (columns,) of axes."""
-    figure = Figure(figsize=(4.0 * columns + 0.6, 3.9), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
-    """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
-    names = [name for name in LOSSES if not math.isnan(rows[-1][f"validation_{name}"])]
-    figure, axes = new_figure(len(names), title)
-    steps = [row["step"] for row in rows]
-    for axis, name in zip(axes, names, strict=True):
-        for part in ("train", "validation"):
-            axis.plot(steps, [row[f"{part}_{name}"] for row in rows], ".-", label=f"{part} rows")
-        axis.set(xlabel="gradient steps", ylabel=f"{name} (nats)")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    return figure
-
-
-def draw_confusion(result: Evaluation, records: Records) -> Figure:
-    """Of each action's rows the share, in %, that was predicted as each other, for all rows and for each strategy."""
-    parts, names = list(subsets(records, result.rows)), records.action_names
-    figure, axes = new_figure(len(parts), "What was done (rows) and what was predicted (columns)")
-    for axis, (name, part) in zip(axes, parts, strict=True):
-        counts = confusion(result.q[part], records, result.rows[part])
-        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        axis.set(title=f"{name}, {len(part):,} rows", yticks=range(len(names)), yticklabels=names)
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
-            color = "white" if shares[row, column] > 60 else "black"
-            axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
-    return figure
-
-
-def draw_recall_and_calibration(q: Arrays, records: Records, rows: np.ndarray) -> Figure:
-    """Recall of each action, and how often predictions of some certainty are right, for each of `q` (R, A) by name."""
-    figure, axes = new_figure(2, "Recall of each action, and calibration")
-    action, places, width = records.arrays["action"][rows], np.arange(records.sizes.actions), 0.8 / len(q)
-    for i, (name, values) in enumerate(q.items()):
-        axes[0].bar(places + (i - (len(q) - 1) / 2) * width, recalls(confusion(values, records, rows)), width)
-        sure, hit = values.max(1), values.argmax(1) == action
-        bins = np.minimum((sure * 15).astype(int), 14)
-        parts = [part for part in (bins == k for k in range(15)) if part.sum() >= 20]
-        axes[1].plot([sure[part].mean() for part in parts], [hit[part].mean() for part in parts], ".-", label=name)
-    axes[0].set(ylabel="recall", ylim=(0, 1.02))
-    axes[0].set_xticks(places, records.action_names, rotation=60, ha="right")
-    axes[1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
-    axes[1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
-    axes[1].legend(fontsize=8)
-    return figure
-
-
-def draw_latent(result: Evaluation, records: Records, count: int = 3_000) -> Figure:
-    """The latent means of some rows in their two main directions, coloured by strategy and by action."""
-    chosen = np.random.default_rng(0).permutation(len(result.rows))[:count]
-    z = result.values["mean"][chosen].astype(np.float64)
-    _, strength, directions = np.linalg.svd(z - z.mean(0), full_matrices=False)
-    points = (z - z.mean(0)) @ directions[:2].T
-    share = np.square(strength[:2]).sum() / max(np.square(strength).sum(), 1e-12)
-    colours = {"strategy": records.strategies} if records.strategies else {}
-    colours["action"] = records.action_names
-    figure, axes = new_figure(len(colours), f"Latent z in two main directions ({share:.0%} of its variance)")
-    for axis, (name, labels) in zip(axes, colours.items(), strict=True):
-        for number, label in enumerate(labels):
-            here = points[records.arrays[name][result.rows[chosen]] == number]
-            axis.scatter(here[:, 0], here[:, -1], s=3, alpha=0.5, color=f"C{number}", label=label)
-        axis.set(title=f"by {name}", xlabel="first main direction", ylabel="second main direction")
-        axis.legend(fontsize=7, markerscale=4)
-    return figure
-
-
-@torch.inference_mode()
-def draw_reconstructions(model: MOA, records: Records, rows: np.ndarray, count: int = 4) -> Figure:
-    """Planes of some frames (upper rows), and what the decoder makes of their latent (lower rows)."""
-    units = torch.from_numpy(records.units(rows))
-    batch = records.batch(units[torch.linspace(0, len(units) - 1, count).long()])
-    chosen = torch.linspace(0, len(batch.time) - 1, count).long()  # with history a unit is a sequence of rows
-    frames = batch.frames[:, : records.sizes.channels]
-    pairs = torch.stack((frames, model.decoder(model.encoder(batch)[0]).sigmoid()), 1).cpu()[chosen]
-    pairs = F.pad(pairs, (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
-    _, _, channels, height, width = pairs.shape
-    figure = Figure(figsize=(1.1 * channels + 0.8, 2.2 * count + 0.6), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(pairs.transpose(2, 3).reshape(2 * count * height, -1).numpy(), cmap="magma", vmin=0, vmax=1)
-    axis.set_title("Frames, and what the decoder makes of their z")
-    axis.set_xticks((np.arange(channels) + 0.5) * width - 1, records.channel_names)
-    axis.set_yticks((np.arange(2 * count) + 0.5) * height - 1, ["frame", "decoded"] * count)
-    return figure
-
-
-# Main ----------------------------------------------------------------------------------------------------------------
-def check(args: Args) -> None:
-    """Check all that can be checked without the data. Raises ValueError with one line."""
-    may_be_zero = {
-        "seed", "data_seed", "kl_weight", "kl_warmup", "reconstruction_weight", "reference_steps", "total_timesteps",
-    }  # fmt: skip
-    for name, value in asdict(args).items():
-        flag, choices = f"--{name.replace('_', '-')} {value}", CHOICES.get(name, (value,))
-        if value not in choices:
-            near = difflib.get_close_matches(value, choices, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{flag}: one of {', '.join(choices)} expected{hint}")
-        most = 2**63 if type(value) is int else math.inf
-        if type(value) in (int, float) and not (0 < value < most or (value == 0 and name in may_be_zero)):
-            raise ValueError(f"{flag}: a positive number{' or 0' * (name in may_be_zero)} below {most} expected")
-    if args.total_timesteps == 0 and not args.load:
-        raise ValueError("--total-timesteps 0 without --load: there would be nothing to evaluate")
-
-
-def check_shape(model: MOA, args: Args, sizes: Sizes) -> None:
-    """Raise ValueError, with both shapes, if the model of `--load` does not fit the arguments and the data."""
-    text = "observations {}x{}x{}, {} actions, {} players, --latent-dim {}, --head-input {}, --context {}"
-    has, wanted = (
-        text.format(*shape[:5], own.latent_dim, own.head_input, own.context)
-        for own, shape in ((model.args, model.sizes), (args, sizes))
-    )
-    if has != wanted:
-        raise ValueError(f"{args.load} is a model for {has}; this run has {wanted}")
-    if args.total_timesteps == 0 and model.args.objective != args.objective:
-        raise ValueError(f"{args.load} was trained with --objective {model.args.objective}: evaluate it with that")
-    if args.total_timesteps == 0 and model.sizes.time_scale != sizes.time_scale:
-        limits = f"games of at most {model.sizes.time_scale:g} steps; these have {sizes.time_scale:g}"
-        raise ValueError(f"{args.load} was trained on {limits}: it would read the time wrongly")
-
-
-def final_table(result: Evaluation, records: Records, args: Args) -> Arrays:
-    """Predictions (R, A) by name for the table: baselines, the model, estimates and ceilings, on the same rows."""
-    rows, predictions = result.rows, baselines(records, result.rows)
-    device = records.obs.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(episode_seed(args.seed, 0, stream=3))
-        untrained = MOA(replace(args, objective="reconstruction"), records.sizes, device)
-    predictions["random encoder + probe"] = evaluate(untrained, records, rows).q
-    name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
-    predictions[f"{name}, {args.head_input} head, context {args.context}"] = result.q
-    if records.ceilings and args.reference_steps:
-        strategy, policies = reference_strategy(records, rows, args), records.arrays["policy_probs"][rows]
-        predictions["single frame, knows the policies"] = np.einsum("rk,rka->ra", strategy, policies.astype(float))
-    return predictions | {name: values[rows] for name, values in records.ceilings.items()}
-
-
-LEAK_ERRORS = 3.0  # standard errors above a ceiling: by chance, once in some hundred reports of a perfect model
-
-
-def report(run: "Run", step: int, model: MOA, records: Records) -> None:
-    """Score the model on all held-out games: print and write the table, the probes, the pictures and the videos."""
-    args, rows = model.args, records.rows(2)
-    result = evaluate(model, records, rows)
-    predictions = final_table(result, records, args)
-    table = [{"name": name, **row} for name, q in predictions.items() for row in score_subsets(q, records, rows)]
-    for row in table:
-        value = {other["name"]: other["expected_top1"] for other in table if other["subset"] == row["subset"]}
-        room = value.get("history Bayes", math.nan) - value["majority"]
-        row["achieved"] = (row["expected_top1"] - value["majority"]) / room if room else math.nan
-    write_csv(run.folder / "table.csv", table)
-    probes = run_probes(model, records, result)
-    write_csv(run.folder / "probes.csv", [probes])
-
-    games = len(np.unique(records.arrays["episode"][rows]))
-    print(f"\n{len(rows):,} held-out rows of {games:,} games")
-    columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
-    columns = [name for name in columns if not math.isnan(table[0][name])]
-    width = max(map(len, predictions)) + 2
-    print(" " * width + "".join(f"{name.replace('_', ' ').replace('accuracy', 'acc.'):>15}" for name in columns))
-    for row in table:
-        label = row["name"] if row["subset"] == "all" else f"  {row['subset']}"
-        print(label.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
-    for name in records.ceilings:
-        gain, error = difference(result.q, predictions[name], records, rows)
-        print(f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)")
-        lucky, luck = difference(result.q, predictions[name], records, rows, done=True)
-        above = max(gain / max(error, 1e-9), lucky / max(luck, 1e-9))
-        if games >= 10 and above > LEAK_ERRORS:  # of fewer games the errors are not known
-            print(f"warning: better than {name} can be: the labels must have leaked into what the model sees")
-    print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
-
-    shown = {"model": result.q, **{name: predictions[name] for name in records.ceilings}}
-    figures = {
-        "confusion_matrix": draw_confusion(result, records),
-        "recall_and_calibration": draw_recall_and_calibration(shown, records, rows),
-        "latent": draw_latent(result, records),
-    }  # fmt: skip
-    if "decoder" in model.used:
-        figures["reconstructions"] = draw_reconstructions(model, records, rows)
-    for name, figure in figures.items():
-        run.log_figure(step, name, figure)
-    if args.capture_video:
-        run.log_videos(step, record_videos(result, records, run.folder, step))
-
-
-def main(args: Args) -> Path:
-    """Pre-train one model, evaluate it, and return its run folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
-    try:
-        check(args)
-        records = Records(*open_dataset(args), args.context, device)
-        if args.capture_video and not records.is_stag_hunt:
-            raise ValueError("--capture-video draws games of the stag hunt; these are of another one")
-        loaded = load_model(args.load) if args.load else None
-        if loaded:
-            check_shape(loaded, args, records.sizes)
-    except ValueError as error:
-        usage_error(str(error))
-    run = Run(args)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not pay; OMP_NUM_THREADS=1 for runs side by side
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
-    model = MOA(args, records.sizes, device)
-    if loaded:
-        model.load_state_dict({name: module.state_dict() for name, module in loaded.used.items()})
-    sampler = Sampler(records, records.rows(0), args.batch_size, args.seed)
-    passes = args.total_timesteps / sampler.batches
-    print(f"{run.name}: {len(records.rows(0)):,} training rows, {passes:.1f} passes, {sampler.size} units a batch")
-    step, sums = 0, {}
-    if run.checkpoint is not None:
-        state = run.checkpoint
-        with run.restoring():
-            if state["dataset"] != records.fingerprint():
-                run.close()
-                usage_error(f"{run.folder} began with another dataset; restore it, or start another run")
-            step, sums = state["step"], state["sums"]
-            if missing := model.state_dict().keys() - state["model"].keys():
-                raise LookupError(f"without {missing}")
-            model.load_state_dict(state["model"])
-        run.restore_random_state()
-
-    last = step == args.total_timesteps
-    while not last:
-        losses = model.update(sampler.batch(step, args.augment), step)
-        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}  # without waiting for the device
-        step += 1
-
-        last = step == args.total_timesteps
-        evaluating = last or step % args.eval_frequency == 0
-        saving = evaluating or step % args.checkpoint_frequency == 0 or run.signal
-        run.progress(step, "")
-        if saving or step % 500 == 0:
-            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            speed = run.steps_per_second(step)
-            run.log(step, {
-                **{f"losses/{name}": value for name, value in losses.items()}, "charts/SPS": speed,
-                "charts/rows_per_second": speed * args.batch_size, "charts/alpha": model.alpha(step),
-                "charts/learning_rate": model.optimizer.param_groups[0]["lr"],
-            })  # fmt: skip
-        if evaluating:
-            epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
-            train = {name: float(value) / steps for name, value in sums.items()}
-            metrics, result = evaluate_epoch(model, records, train | {"loss": train["total"]})
-            sums = {}
-            run.log_evaluation(step, metrics)
-            write_epoch(run.folder, epoch, result, records)
-            run.log_figure(step, "vae_loss_curve", draw_losses(run.eval_rows, run.name))
-            run.log_figure(step, "confusion_matrix", draw_confusion(result, records))
-            names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
-            print(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
-                f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
-            ))  # fmt: skip
-            if metrics["validation_loss"] <= min(row["validation_loss"] for row in run.eval_rows):
-                save_model(model, run.folder / "best_model.pt")
-        if saving:
-            content = {"model": model.state_dict(), "sums": sums, "dataset": records.fingerprint()}
-            run.save_checkpoint(step, content)
-            if run.signal and not last:
-                run.stop()
-
-    save_model(model, run.folder / "model.pt")
-    if not run.eval_rows:  # --total-timesteps 0
-        run.log_evaluation(step, evaluate_epoch(model, records, {})[0])
-        save_model(model, run.folder / "best_model.pt")
-    best = load_model(run.folder / "best_model.pt", device)  # the least validation loss; test rows have no say in it
-    run.at_once = True  # a report may take long, and a resumed run makes it again: no need to wait for its end
-    try:
-        if run.signal:
-            raise KeyboardInterrupt
-        report(run, step, best, records)
-        run.save_checkpoint(step, {"model": model.state_dict(), "dataset": records.fingerprint()}, finished=True)
-    except KeyboardInterrupt:
-        run.stop()
-    run.close()
-    print(f"see {run.folder}")
-    return run.folder
+# --- end of the same text ---
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:  # before there was a run to save
+        raise SystemExit(130) from None

@@ -1,11 +1,15 @@
-"""The tables of pretrain_vae_moa.py: collect its runs, and answer questions by changing one thing at a time.
+"""Reports and tables of pretrain_vae_moa.py: its runs beside what can be known, and one thing changed at a time.
 
+    python benchmark/moa.py report runs/NAME
     python benchmark/moa.py table --runs runs
     python benchmark/moa.py questions --seeds 1 2 3
     python benchmark/moa.py ceilings
 
-`table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names and writes table.csv, table.md, probes.csv,
-curves.csv and pictures of the curves and of the models between the ceilings to benchmark/results/pretrain_vae_moa/.
+`report` scores a finished run's best model on all held-out games, beside baselines and exact ceilings, says if it is
+better than anybody can be, and writes table.csv, probes.csv and pictures into the run folder.
+`table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names, makes the reports that are missing, and writes
+table.csv, table.md, probes.csv, curves.csv and pictures of the curves and of the models between the ceilings to
+benchmark/results/pretrain_vae_moa/.
 `questions` trains models with what a public version of this training step had (a softmax before the cross-entropy's
 own, a mask sliced from the wrong columns, scores of training rows), without the checks of the loader, and writes
 questions.csv and questions.md there.
@@ -18,28 +22,49 @@ import json
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from plot import markdown, usage_error
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pretrain_vae_moa as moa  # noqa: E402
 from envs import stag_hunt  # noqa: E402
+from pretrain_vae_moa import MOA, Arrays, Records, confusion, predict_actions, recalls, score_subsets  # noqa: E402
+from pretrain_vae_moa import subsets as split_by_strategy  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "pretrain_vae_moa"
 SCORES = ("expected_top1", "top1", "top3", "balanced_accuracy", "macro_f1", "nll", "regret", "ece", "achieved")
 REFERENCES = ("majority", "prior + mask", "random encoder + probe", "single frame, knows the policies")
 CEILINGS = ("history Bayes", "oracle")
+
+
+LEAK_ERRORS = 3.0  # standard errors above a ceiling: by chance, once in some hundred reports of a perfect model
+
+
+@dataclass
+class Report:
+    """Score the best model of a finished run beside what can be known."""
+
+    run: tyro.conf.Positional[Path]
+    """the run folder; table.csv, probes.csv and pictures are written into it"""
+    dataset: str | None = None
+    """the dataset file, if it is no longer where the run found it"""
+    data_dir: str | None = None
+    """the folder that collected datasets are kept in, if it is another one than the run's"""
+    reference_steps: int = 3_000
+    """gradient steps of the single-frame strategy classifier (0: leave it out)"""
 
 
 @dataclass
@@ -50,6 +75,10 @@ class Table:
     """the folder with the run folders"""
     results: Path = RESULTS
     """the folder to write to"""
+    data_dir: str | None = None
+    """the folder that collected datasets are kept in, if it is another one than the runs'"""
+    reference_steps: int = 3_000
+    """gradient steps of the single-frame strategy classifier in reports that are still to be made"""
 
 
 @dataclass
@@ -108,18 +137,287 @@ def spread(values: Iterable[float]) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 and values.std() >= 5e-4 else "")
 
 
+# Report of a run -----------------------------------------------------------------------------------------------------
+def baselines(records: Records, rows: np.ndarray) -> Arrays:
+    """Predictions (R, A) without looking: the training rows' class shares, as they are and among the legal actions."""
+    shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions) + 1.0
+    shares /= shares.sum()
+    legal = np.where(records.arrays["action_mask"][rows], shares, 0.0)
+    return {"majority": np.tile(shares, (len(rows), 1)), "prior + mask": legal / legal.sum(1, keepdims=True)}
+
+
+def difference(
+    first: np.ndarray, second: np.ndarray, records: Records, rows: np.ndarray, done: bool = False
+) -> tuple[float, float]:
+    """Expected accuracy of predictions (R, A) minus that of others, and its standard error.
+
+    The error is clustered by episode: rows of one game are not independent. The policies must be known. With `done` it
+    is the accuracy on what was done, luck and all: only this one rises where predictions have seen the labels.
+    """
+    every, action = np.arange(len(rows)), records.arrays["action"][rows].astype(int)
+    true = np.eye(records.sizes.actions)[action] if done else records.ceilings["oracle"][rows]
+    gain = true[every, first.argmax(1)] - true[every, second.argmax(1)]
+    sums = np.bincount(records.arrays["episode"][rows], weights=gain - gain.mean())
+    return float(gain.mean()), float(np.sqrt(np.square(sums).sum()) / len(rows))
+
+
+def probe(
+    agent: MOA, records: Records, test: Arrays, targets: dict[str, tuple[Tensor, int, Tensor]]
+) -> dict[str, Tensor]:
+    """The likeliest class (R,) by linear probes of the latent; `targets` are each row's class (N,), how many, legal."""
+    rows = records.probe_rows()
+    latent, found = torch.from_numpy(moa.predict(agent, records, rows)["mean"]), {}
+    for name, (target, classes, legal) in targets.items():
+        classify = moa.fit_probe(latent, target[rows], classes, legal[rows])
+        found[name] = classify(torch.from_numpy(test["mean"]), legal[test["row"]]).argmax(1)
+    return found
+
+
+def run_probes(agent: MOA, records: Records, test: Arrays) -> dict[str, float]:
+    """Accuracy of linear probes from the frozen latent mean: action, strategy, and where things are on the board."""
+    names, cells = records.channel_names, records.places[0].numel()
+    free = torch.ones(len(records.action), 1, dtype=torch.bool)
+    targets = {"action": (records.action.cpu(), records.sizes.actions, records.mask.cpu())}
+    if len(records.strategies) > 1:
+        targets["strategy"] = records.strategy.cpu(), len(records.strategies), free
+    for name in [name for name in ("self", "stag") if name in names]:
+        plane = records.obs[:, names.index(name)].flatten(1).cpu()
+        targets[f"{name}'s cell"] = torch.where((plane > 0).any(1), plane.argmax(1), cells), cells + 1, free
+    found = probe(agent, records, test, targets)
+    accuracy = {name: float((found[name] == targets[name][0][test["row"]]).float().mean()) for name in targets}
+    return {"latent KL": float(test["kl"].mean()), **accuracy}
+
+
+def reference_strategy(records: Records, rows: np.ndarray, steps: int, augment: bool) -> np.ndarray:
+    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+
+    Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
+    """
+    device = records.obs.device
+    records = Records(records.arrays, records.meta, "1", device)
+    sampler = moa.Sampler(records, records.rows(0), 256, seed=0)
+
+    def log_probabilities(batch: moa.Batch) -> Tensor:
+        return layer(torch.cat((trunk(batch), batch.time[:, None]), 1)).log_softmax(1)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        trunk, layer = (
+            moa.Trunk(records.sizes, "1").to(device),
+            nn.Linear(moa.HIDDEN + 1, len(records.strategies)).to(device),
+        )
+        optimizer = torch.optim.Adam([*trunk.parameters(), *layer.parameters()], fused=True)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 5e-4 * (1.0 + math.cos(math.pi * step / steps))
+            strategy = records.strategy[sampler.draw(step)]
+            loss = F.nll_loss(log_probabilities(sampler.batch(step, augment)), strategy)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.inference_mode():
+        batches = [records.batch(part) for part in torch.from_numpy(rows).split(2_048)]
+        return torch.cat([log_probabilities(batch).exp().cpu() for batch in batches]).numpy()
+
+
+def final_table(test: Arrays, records: Records, args: moa.Args, reference_steps: int) -> tuple[Arrays, str]:
+    """Predictions (R, A) by name: baselines, the model, estimates and ceilings, on the same rows; the model's name."""
+    rows, predictions = test["row"], baselines(records, test["row"])
+    device = records.obs.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(moa.episode_seed(args.seed, 0, stream=3))
+        untrained = MOA(replace(args, objective="reconstruction"), records.sizes, device)
+    predictions["random encoder + probe"] = predict_actions(untrained, records, rows)["q"]
+    name = {"moa": "MOA", "both": "MOA + reconstruction"}.get(args.objective, "reconstruction + probe")
+    name = f"{name}, {args.head_input} head, context {args.context}"
+    predictions[name] = test["q"]
+    if records.ceilings and reference_steps:
+        strategy = reference_strategy(records, rows, reference_steps, args.augment)
+        policies = records.arrays["policy_probs"][rows].astype(float)
+        predictions["single frame, knows the policies"] = np.einsum("rk,rka->ra", strategy, policies)
+    return predictions | {name: values[rows] for name, values in records.ceilings.items()}, name
+
+
+def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure of its own (no pyplot, so no global state), with an array (columns,) of axes."""
+    figure = Figure(figsize=(4.0 * columns + 0.6, 3.9), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_confusion(test: Arrays, records: Records) -> Figure:
+    """Of each action's rows the share, in %, that was predicted as each other, for all rows and for each strategy."""
+    parts, names = list(split_by_strategy(records, test["row"])), records.action_names
+    figure, axes = new_figure(len(parts), "What was done (rows) and what was predicted (columns)")
+    for axis, (name, part) in zip(axes, parts, strict=True):
+        counts = confusion(test["q"][part], records, test["row"][part])
+        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        axis.set(title=f"{name}, {len(part):,} rows", yticks=range(len(names)), yticklabels=names)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
+            color = "white" if shares[row, column] > 60 else "black"
+            axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def draw_recall_and_calibration(q: Arrays, records: Records, rows: np.ndarray) -> Figure:
+    """Recall of each action, and how often predictions of some certainty are right, for each of `q` (R, A) by name."""
+    figure, axes = new_figure(2, "Recall of each action, and calibration")
+    action, places, width = records.arrays["action"][rows], np.arange(records.sizes.actions), 0.8 / len(q)
+    for i, (name, values) in enumerate(q.items()):
+        axes[0].bar(places + (i - (len(q) - 1) / 2) * width, recalls(confusion(values, records, rows)), width)
+        sure, hit = values.max(1), values.argmax(1) == action
+        bins = np.minimum((sure * 15).astype(int), 14)
+        parts = [part for part in (bins == k for k in range(15)) if part.sum() >= 20]
+        axes[1].plot([sure[part].mean() for part in parts], [hit[part].mean() for part in parts], ".-", label=name)
+    axes[0].set(ylabel="recall", ylim=(0, 1.02))
+    axes[0].set_xticks(places, records.action_names, rotation=60, ha="right")
+    axes[1].plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
+    axes[1].set(xlabel="probability of the predicted action", ylabel="how often it was taken")
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+def draw_latent(test: Arrays, records: Records, count: int = 3_000) -> Figure:
+    """The latent means of some rows in their two main directions, coloured by strategy and by action."""
+    chosen = np.random.default_rng(0).permutation(len(test["row"]))[:count]
+    z = test["mean"][chosen].astype(np.float64)
+    _, strength, directions = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    points = (z - z.mean(0)) @ directions[:2].T
+    share = np.square(strength[:2]).sum() / max(np.square(strength).sum(), 1e-12)
+    colours = {"strategy": records.strategies} if records.strategies else {}
+    colours["action"] = records.action_names
+    figure, axes = new_figure(len(colours), f"Latent z in two main directions ({share:.0%} of its variance)")
+    for axis, (name, labels) in zip(axes, colours.items(), strict=True):
+        for number, label in enumerate(labels):
+            here = points[records.arrays[name][test["row"][chosen]] == number]
+            axis.scatter(here[:, 0], here[:, -1], s=3, alpha=0.5, color=f"C{number}", label=label)
+        axis.set(title=f"by {name}", xlabel="first main direction", ylabel="second main direction")
+        axis.legend(fontsize=7, markerscale=4)
+    return figure
+
+
+@torch.inference_mode()
+def draw_reconstructions(agent: MOA, records: Records, rows: np.ndarray, count: int = 4) -> Figure:
+    """Planes of some frames (upper rows), and what the decoder makes of their latent (lower rows)."""
+    units = torch.from_numpy(records.units(rows))
+    batch = records.batch(units[torch.linspace(0, len(units) - 1, count).long()])
+    chosen = torch.linspace(0, len(batch.time) - 1, count).long()  # with history a unit is a sequence of rows
+    frames = batch.frames[:, : records.sizes.channels]
+    pairs = torch.stack((frames, agent.decoder(agent.encoder(batch)[0]).sigmoid()), 1).cpu()[chosen]
+    pairs = F.pad(pairs, (0, 1, 0, 1), value=math.nan)  # (count, 2, C, H + 1, W + 1)
+    _, _, channels, height, width = pairs.shape
+    figure = Figure(figsize=(1.1 * channels + 0.8, 2.2 * count + 0.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(pairs.transpose(2, 3).reshape(2 * count * height, -1).numpy(), cmap="magma", vmin=0, vmax=1)
+    axis.set_title("Frames, and what the decoder makes of their z")
+    axis.set_xticks((np.arange(channels) + 0.5) * width - 1, records.channel_names)
+    axis.set_yticks((np.arange(2 * count) + 0.5) * height - 1, ["frame", "decoded"] * count)
+    return figure
+
+
+def open_run(args: Report) -> tuple[MOA, Records]:
+    """The best model of a run, and the records that it was trained on. Exits 2, with one line, without them."""
+    try:
+        about = json.loads((args.run / "args.json").read_text())["arguments"]
+        own = moa.Args(**about)
+        own = replace(own, dataset=args.dataset or own.dataset, data_dir=args.data_dir or own.data_dir)
+        state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        device = torch.device("cuda" if torch.cuda.is_available() and own.cuda else "cpu")
+        agent = moa.load_model(args.run / "best_model.pt", device)
+        if not state["finished"]:
+            raise ValueError(f"{args.run} is not finished; continue it with --run-name {args.run.name} --resume")
+        records = Records(*moa.open_dataset(own), own.context, device)
+        if state["dataset"] != records.fingerprint():
+            raise ValueError(f"{args.run} has another dataset; name it with --dataset or --data-dir")
+    except (OSError, LookupError, TypeError) as error:
+        usage_error(f"{args.run} is no run folder of pretrain_vae_moa.py ({type(error).__name__}: {error})")
+    except ValueError as error:
+        usage_error(str(error))
+    return agent, records
+
+
+def report(args: Report) -> None:
+    """Score the model on all held-out games: print and write the table, the probes and the pictures."""
+    agent, records = open_run(args)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(agent.args.torch_deterministic)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    rows = records.rows(2)
+    test = predict_actions(agent, records, rows)
+    predictions, model = final_table(test, records, agent.args, args.reference_steps)
+    table = [{"name": name, **row} for name, q in predictions.items() for row in score_subsets(q, records, rows)]
+    for row in table:
+        value = {other["name"]: other["expected_top1"] for other in table if other["subset"] == row["subset"]}
+        room = value.get("history Bayes", math.nan) - value["majority"]
+        row["achieved"] = (row["expected_top1"] - value["majority"]) / room if room else math.nan
+    write_rows(args.run / "table.csv", table)
+    probes = run_probes(agent, records, test)
+    write_rows(args.run / "probes.csv", [probes])
+    print_report(table, records, rows)
+    for text in compare_with_ceilings(predictions, model, records, rows):
+        print(text)
+    print("linear probes of z: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
+
+    shown = {"model": test["q"], **{name: predictions[name] for name in records.ceilings}}
+    figures = {
+        "confusion_matrix": draw_confusion(test, records),
+        "recall_and_calibration": draw_recall_and_calibration(shown, records, rows),
+        "latent": draw_latent(test, records),
+    }  # fmt: skip
+    if "decoder" in agent.used:
+        figures["reconstructions"] = draw_reconstructions(agent, records, rows)
+    with SummaryWriter(str(args.run), filename_suffix=".report") as writer:
+        for name, figure in figures.items():
+            figure.savefig(args.run / f"{name}.png", dpi=110)
+            writer.add_figure(f"images/{name}", figure, agent.args.total_timesteps)
+
+
+def print_report(table: list[dict[str, Any]], records: Records, rows: np.ndarray) -> None:
+    """The table on the terminal."""
+    games = len(np.unique(records.arrays["episode"][rows]))
+    print(f"{len(rows):,} held-out rows of {games:,} games")
+    columns = ("expected_top1", "top1", "top3", "balanced_accuracy", "nll", "regret", "ece", "achieved")
+    columns = [name for name in columns if not math.isnan(table[0][name])]
+    width = max(len(row["name"]) for row in table) + 2
+    print(" " * width + "".join(f"{name.replace('_', ' ').replace('accuracy', 'acc.'):>15}" for name in columns))
+    for row in table:
+        label = row["name"] if row["subset"] == "all" else f"  {row['subset']}"
+        print(label.ljust(width) + "".join(f"{row[column]:15.3f}" for column in columns))
+
+
+def compare_with_ceilings(predictions: Arrays, model: str, records: Records, rows: np.ndarray) -> Iterable[str]:
+    """How far the model is from what can be known, and a warning if it is better."""
+    games = len(np.unique(records.arrays["episode"][rows]))
+    for name in records.ceilings:
+        gain, error = difference(predictions[model], predictions[name], records, rows)
+        yield f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)"
+        lucky, luck = difference(predictions[model], predictions[name], records, rows, done=True)
+        above = max(gain / max(error, 1e-9), lucky / max(luck, 1e-9))
+        if games >= 10 and above > LEAK_ERRORS:  # of fewer games the errors are not known
+            yield f"warning: better than {name} can be: the labels must have leaked into what the model sees"
+
+
 # Runs ----------------------------------------------------------------------------------------------------------------
-def collect(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scores, probes and curves of all finished runs in a folder, `pretrain_vae_moa-VARIANT__ENVIRONMENT__SEED`."""
+def collect(
+    folder: Path, data_dir: str | None = None, reference_steps: int = 3_000
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores, probes and curves of all finished runs in a folder, `pretrain_vae_moa-VARIANT__ENVIRONMENT__SEED`.
+
+    Makes the reports that are missing.
+    """
     scores, probes, curves = [], [], []
     for about in sorted(folder.glob("pretrain_vae_moa-*__*__*/args.json")):
         name, path = about.parent.name, about.parent
         variant, environment, seed = name.removeprefix("pretrain_vae_moa-").split("__", 2)
         if not seed.isdecimal():
             continue  # somebody's own name
-        if not (path / "latent.png").exists():  # drawn once, after the tables are written
+        checkpoint = path / "checkpoint.pt"
+        if not (checkpoint.exists() and torch.load(checkpoint, map_location="cpu", weights_only=True)["finished"]):
             print(f"not finished, left out: {name}")
             continue
+        if not (path / "latent.png").exists():  # drawn after the tables are written
+            report(Report(path, data_dir=data_dir, reference_steps=reference_steps))
         arguments = json.loads(about.read_text())["arguments"]
         own = {"variant": variant, "environment": environment, "seed": int(seed), "rows": arguments["rows"]}
         for row in read_rows(path / "table.csv"):
@@ -222,7 +520,7 @@ def draw_ceilings(scores: list[dict[str, Any]]) -> Figure:
 
 def table(args: Table) -> None:
     """Write and print the tables of all finished runs."""
-    scores, probes, curves = collect(args.runs)
+    scores, probes, curves = collect(args.runs, args.data_dir, args.reference_steps)
     if not scores:
         usage_error(f"no finished runs in {args.runs}; see benchmark/pretrain_vae_moa.sh")
     for name, rows in (("table", scores), ("probes", probes), ("curves", curves)):
@@ -243,7 +541,7 @@ def table(args: Table) -> None:
 
 
 # Questions -----------------------------------------------------------------------------------------------------------
-class DoubleSoftmax(moa.MOA):
+class DoubleSoftmax(MOA):
     """The head's probabilities, not its logits, go into a cross-entropy that applies a softmax of its own."""
 
     def policy_loss(self, logits: Tensor, action: Tensor) -> Tensor:
@@ -262,29 +560,27 @@ def mis_sliced(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 CHANGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # what -> (model, what becomes of the arrays, arguments)
-    "as it is": (moa.MOA, None, {}),
+    "as it is": (MOA, None, {}),
     "double softmax": (DoubleSoftmax, None, {}),
-    "no mask": (moa.MOA, without_mask, {}),
-    "mis-sliced mask": (moa.MOA, mis_sliced, {}),
+    "no mask": (MOA, without_mask, {}),
+    "mis-sliced mask": (MOA, mis_sliced, {}),
     "mis-sliced mask and double softmax": (DoubleSoftmax, mis_sliced, {}),
-    "not augmented": (moa.MOA, None, {"augment": False}),
-    "reconstruction, then a probe": (moa.MOA, None, {"objective": "reconstruction"}),
-    "both objectives": (moa.MOA, None, {"objective": "both"}),
-    "head on z and the state": (moa.MOA, None, {"head_input": "state+z"}),
-    "head on the state alone": (moa.MOA, None, {"head_input": "state"}),
+    "not augmented": (MOA, None, {"augment": False}),
+    "reconstruction, then a probe": (MOA, None, {"objective": "reconstruction"}),
+    "both objectives": (MOA, None, {"objective": "both"}),
+    "head on z and the state": (MOA, None, {"head_input": "state+z"}),
+    "head on the state alone": (MOA, None, {"head_input": "state"}),
 }
 
 
-def train(
-    args: moa.Args, arrays: dict[str, np.ndarray], meta: dict[str, Any], kind: type[moa.MOA]
-) -> tuple[Any, Any, int]:
+def train(args: moa.Args, arrays: dict[str, np.ndarray], meta: dict[str, Any], kind: type[MOA]) -> tuple[Any, Any, int]:
     """Train a model as `pretrain_vae_moa.main` does, without a run folder; returns it, the records, and the steps done.
 
     Ends early when the loss is not finite.
     """
     device = torch.device("cpu")
     torch.manual_seed(args.seed)
-    records = moa.Records(arrays, meta, args.context, device)
+    records = Records(arrays, meta, args.context, device)
     model = kind(args, records.sizes, device)
     sampler = moa.Sampler(records, records.rows(0), args.batch_size, args.seed)
     for step in range(args.total_timesteps):
@@ -294,11 +590,11 @@ def train(
     return model, records, args.total_timesteps
 
 
-def examine(model: moa.MOA, records: moa.Records, rows: np.ndarray) -> dict[str, float]:
+def examine(model: MOA, records: Records, rows: np.ndarray) -> dict[str, float]:
     """Scores of the model on some rows, and the loss that its training sees there."""
-    result = moa.evaluate(model, records, rows)
-    loss = model.policy_loss(torch.from_numpy(result.q).log(), torch.from_numpy(records.arrays["action"][rows]).long())
-    scores = moa.score(result.q, records, rows)
+    q = predict_actions(model, records, rows)["q"]
+    loss = model.policy_loss(torch.from_numpy(q).log(), torch.from_numpy(records.arrays["action"][rows]).long())
+    scores = moa.score(q, records, rows)
     forbidden = ~records.arrays["action_mask"][rows, records.arrays["action"][rows]]
     columns = ("top1", "expected_top1", "top3", "balanced_accuracy", "nll", "ece")
     return {"loss": float(loss), **{c: scores[c] for c in columns}, "forbidden": float(forbidden.mean())}
@@ -317,7 +613,9 @@ def questions(args: Questions) -> None:
             test, training = records.rows(2), records.rows(0)[:: max(1, len(records.rows(0)) // 10_000)]
             for where, rows in (("held-out games", test), ("training rows", training)):
                 if steps < args.steps:
-                    scores = dict.fromkeys(examine(kind(own, records.sizes, model.device), records, test), math.nan)
+                    scores = dict.fromkeys(
+                        examine(kind(own, records.sizes, records.obs.device), records, test), math.nan
+                    )
                     scores["loss"] = math.inf
                 else:
                     scores = examine(model, records, rows)
@@ -361,7 +659,7 @@ def ceilings(args: Ceilings) -> None:
     lines = []
     for name, settings in KINDS.items():
         data = stag_hunt.collect(args.rows, **settings)
-        records = moa.Records(data.arrays, data.meta, "1", torch.device("cpu"))
+        records = Records(data.arrays, data.meta, "1", torch.device("cpu"))
         rows = np.arange(args.rows)
         shares = np.bincount(data.arrays["action"], minlength=records.sizes.actions) / args.rows
         scores = [moa.score(q, records, rows) for q in records.ceilings.values()]
@@ -378,8 +676,9 @@ def ceilings(args: Ceilings) -> None:
 
 if __name__ == "__main__":
     chosen = tyro.cli(
-        Annotated[Table, tyro.conf.subcommand("table")]
+        Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Table, tyro.conf.subcommand("table")]
         | Annotated[Questions, tyro.conf.subcommand("questions")]
         | Annotated[Ceilings, tyro.conf.subcommand("ceilings")]
     )
-    {Table: table, Questions: questions, Ceilings: ceilings}[type(chosen)](chosen)
+    {Report: report, Table: table, Questions: questions, Ceilings: ceilings}[type(chosen)](chosen)

@@ -7,7 +7,7 @@ description of the rules; no code was copied.
 `StagHunt` is a PettingZoo environment, for anyone's agents. `VectorStagHunt` plays thousands of
 games at once, for collecting data, with scripted policies that tell their exact probabilities. Both
 read the same rule table, both take every random number of a game from its seed (`uniforms`), and
-are tested equal. `collect`, `save_dataset` and `load_dataset` make and check records of games,
+are tested equal. `collect` makes records of games (envs/records.py says what they are),
 `history_posterior` says exactly what an observer of a whole game can know about its players, and
 `commonest_shares` how well the next state can be told where stags move at random.
 """
@@ -15,18 +15,10 @@ are tested equal. `collect`, `save_dataset` and `load_dataset` make and check re
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.metadata
 import itertools
-import json
 import math
-import os
-import subprocess
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +32,20 @@ from pettingzoo.utils import wrappers
 from pettingzoo.utils.conversions import parallel_to_aec
 
 from envs.picture import BLUE, GREEN, GREY, INK, PAPER, RED, Picture
+from envs.records import (
+    FIELDS,
+    Arrays,
+    Record,
+    check_records,
+    episode_seeds,
+    make_records,
+    read_records,
+    save_records,
+    split_episodes,
+)
+
+Dataset, check_dataset, make_dataset = Record, check_records, make_records  # older names
+load_dataset, save_dataset = read_records, save_records
 
 UP, DOWN, LEFT, RIGHT, STAY, HUNT_STAG, HUNT_HARE = range(7)
 ACTION_NAMES = ("up", "down", "left", "right", "stay", "hunt stag", "hunt hare")
@@ -652,39 +658,6 @@ def env(**kwargs: Any) -> AECEnv:
 
 
 # Records of games -----------------------------------------------------------------------------------------------------
-FORMAT_VERSION = 1
-SPLITS = ("train", "validation", "test")
-ROW_FIELDS = {  # a row is an episode, a living agent, a step: name -> type, shape after the row (None: a game's own)
-    "obs": (np.uint8, (None, None, None)),  # channels, height, width; ego first
-    "action": (np.int8, ()),
-    "action_mask": (np.bool_, (None,)),  # the legal actions
-    "t": (np.int16, ()),  # steps before this one
-    "episode": (np.int32, ()),
-    "agent": (np.int8, ()),
-    "reward": (np.float32, ()),
-    "terminated": (np.bool_, ()),
-    "truncated": (np.bool_, ()),
-    "prev_actions": (np.int8, (None,)),  # the players' last actions, ego first; -1: none, or gone
-    "joint_action": (np.int8, (None,)),  # the players' actions, ego first; -1: gone
-    "rewards": (np.float32, (None,)),  # ego first
-    "next_obs": (np.uint8, (None, None, None)),
-    "strategy": (np.int8, ()),  # index into meta["strategies"]; -1: unknown
-    "policy_probs": (np.float32, (None, None)),  # what each strategy would have done; not in others' environments
-}
-EPISODE_FIELDS = {"roster": (np.int8, (None,)), "episode_seed": (np.int64, ()), "split": (np.int8, ())}
-FIELDS = {**ROW_FIELDS, **EPISODE_FIELDS}
-OPTIONAL = {"policy_probs"}
-
-Arrays = dict[str, np.ndarray]
-
-
-class Dataset(NamedTuple):
-    """A record: one array per field (`FIELDS`), and what is known about all of it (JSON)."""
-
-    arrays: Arrays
-    meta: dict[str, Any]
-
-
 def rosters(strategies: int, n_players: int) -> tuple[np.ndarray, np.ndarray]:
     """All assignments (V, n) of strategies to seats and their probabilities (V,).
 
@@ -696,20 +669,6 @@ def rosters(strategies: int, n_players: int) -> tuple[np.ndarray, np.ndarray]:
     return seats, 1.0 / (len(count) * count[kind.reshape(-1)])
 
 
-def episode_seeds(seed: int, first: int, count: int) -> np.ndarray:
-    """Seeds of games `first`, `first + 1`, ... of a record (count,): pure functions of the record's seed."""
-    return np.array([np.random.SeedSequence([seed, 0, i]).generate_state(1)[0] for i in range(first, first + count)])
-
-
-def split_episodes(episodes: int, seed: int) -> np.ndarray:
-    """Each episode's split (E,): 80 % train, 10 % validation, 10 % test, shuffled; none is empty from 3 episodes on."""
-    held_out = max(1, round(episodes / 10))
-    split = np.zeros(episodes, np.int8)
-    order = np.random.default_rng([seed, 1]).permutation(episodes)
-    split[order[:held_out]], split[order[held_out : 2 * held_out]] = 2, 1
-    return split
-
-
 def collect(
     rows: int = 107_010,
     config: Config = Config(),  # noqa: B008  (immutable)
@@ -719,7 +678,7 @@ def collect(
     tie_break: str = "random",
     epsilon: float = 0.0,
     games: int = 1_024,
-) -> Dataset:
+) -> Record:
     """Play scripted policies with each other until there are exactly so many rows (the last game is cut).
 
     A row is what one living player saw and did at one step. `games` are played at once; their number does not change
@@ -754,7 +713,7 @@ def collect(
         "roster_prior": "each number of players of each strategy equally likely, then each order of seats",
         "tie_break": tie_break, "epsilon": epsilon, "seed": seed, "observation_scale": 1,
     }  # fmt: skip
-    return Dataset({name: arrays[name].astype(FIELDS[name][0], copy=False) for name in FIELDS}, meta)
+    return Record({name: arrays[name].astype(FIELDS[name].dtype, copy=False) for name in FIELDS}, meta)
 
 
 def play(
@@ -810,26 +769,7 @@ def cut(part: Arrays, rows: int) -> Arrays:
     return {name: values[chosen] for name, values in part.items()}
 
 
-def sha256(values: np.ndarray) -> str:
-    """The hash of an array's type, shape and content."""
-    digest = hashlib.sha256(f"{values.dtype.str}{values.shape}".encode())
-    digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
-
-
-def make_dataset(arrays: Arrays, meta: dict[str, Any]) -> Dataset:
-    """A checked record of arrays that may have other types than those of `FIELDS`; ValueError as `check_dataset`."""
-    given = {name: arrays[name] for name in FIELDS if name in arrays}
-    with np.errstate(invalid="ignore"):  # what no integer can be is refused below
-        arrays = {name: values.astype(FIELDS[name][0], copy=False) for name, values in given.items()}
-    for name, values in arrays.items():
-        if values.dtype.kind in "iu" and values is not given[name] and (values != given[name]).any():
-            raise ValueError(f"{name} holds values that {values.dtype} cannot; scale or round them before")
-    check_dataset(Dataset(arrays, meta))
-    return Dataset(arrays, meta)
-
-
-def replay(data: Dataset, episode: int, caption: Callable[[int], str]) -> Iterator[np.ndarray]:
+def replay(data: Record, episode: int, caption: Callable[[int], str]) -> Iterator[np.ndarray]:
     """Play a recorded game again: the picture (height, width, 3) uint8 before each step of it, as far as it goes.
 
     Under the board is a line for each living player: the caption of its row (a number from 0 to N - 1).
@@ -847,117 +787,8 @@ def replay(data: Dataset, episode: int, caption: Callable[[int], str]) -> Iterat
         game.step({f"player_{arrays['agent'][row]}": arrays["action"][row] for row in rows})
 
 
-def save_dataset(path: Path, data: Dataset) -> None:
-    """Write a record: to a temporary file first, so that there is never half a record under this name."""
-    hashes = {name: sha256(values) for name, values in data.arrays.items()}
-    git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    packages = {name: importlib.metadata.version(name) for name in ("numpy", "pettingzoo")}
-    about = {"format_version": FORMAT_VERSION, "sha256": hashes, "commit": commit, "packages": packages}
-    meta = {**data.meta, **about}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, meta=np.array(json.dumps(meta)), **data.arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def load_dataset(path: Path, fields: Iterable[str] | None = None) -> Dataset:
-    """Read a record, or some of its fields, and check it (`check_dataset`). Never unpickles anything.
-
-    Raises ValueError with one line that says what is wrong with the file.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no dataset {path}")
-    try:
-        opened = np.load(path, allow_pickle=False)
-        if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise ValueError("a single array; an .npz file with one array per field expected")
-        with opened as file:
-            if "meta" not in file.files:
-                raise ValueError(f"no field meta, only {', '.join(file.files)}; see envs/stag_hunt.py for the format")
-            meta = json.loads(str(file["meta"]))
-            version = meta.get("format_version") if isinstance(meta, dict) else None
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version}, but version {FORMAT_VERSION} expected; collect it anew")
-            wanted = [name for name in FIELDS if fields is None or name in set(fields)]
-            missing = [name for name in wanted if name not in file.files and name not in OPTIONAL]
-            if missing:
-                raise ValueError(f"no field {', '.join(missing)}")
-            arrays = {name: file[name] for name in wanted if name in file.files}
-    except ValueError as error:
-        reason = str(error)
-        if "allow_pickle" in reason or "Object arrays" in reason:
-            reason = "arrays of Python objects, which can run code when they are read, are never unpickled"
-        raise ValueError(f"dataset {path}: {reason}") from None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"dataset {path} is truncated or damaged ({type(error).__name__}: {error})") from None
-    for name, values in arrays.items():
-        if meta.get("sha256", {}).get(name) != sha256(values):
-            raise ValueError(f"dataset {path}: the content of {name} does not have the hash that was recorded for it")
-    try:
-        check_dataset(Dataset(arrays, meta))
-    except ValueError as error:
-        raise ValueError(f"dataset {path}: {error}") from None
-    return Dataset(arrays, meta)
-
-
-def check_dataset(data: Dataset) -> None:
-    """Check types, shapes, order, splits, and that no action is forbidden by its own mask; ValueError says what."""
-    arrays, sizes = data.arrays, {}
-    for name, values in arrays.items():
-        kind, shape = FIELDS[name]
-        row = "rows" if name in ROW_FIELDS else "episodes"
-        if values.dtype != kind or values.ndim != 1 + len(shape):
-            wanted = f"{np.dtype(kind)} with {1 + len(shape)} dimensions"
-            raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; {wanted} expected")
-        if sizes.setdefault(row, len(values)) != len(values):
-            raise ValueError(f"{name} has {len(values):,} {row}, other fields {sizes[row]:,}")
-    if 0 in sizes.values():
-        raise ValueError("it has no rows")
-    if {"episode", "agent", "t"} <= set(arrays):
-        episode, agent, t = (arrays[name].astype(np.int64) for name in ("episode", "agent", "t"))
-        key = (episode * 1_000 + agent) * 100_000 + t
-        if (np.diff(key) <= 0).any():
-            raise ValueError("rows are not in the order episode, agent, t")
-        if "split" in arrays and not 0 <= episode.min() <= episode.max() < len(arrays["split"]):
-            raise ValueError(f"episodes {episode.min()} to {episode.max()}, but {len(arrays['split'])} splits")
-    if {"agent", "prev_actions", "action_mask"} <= set(arrays):
-        (_, players), (_, actions) = arrays["prev_actions"].shape, arrays["action_mask"].shape
-        for name, least, most in (("agent", 0, players - 1), ("prev_actions", -1, actions - 1)):
-            if not least <= arrays[name].min() <= arrays[name].max() <= most:
-                found = f"{arrays[name].min()} to {arrays[name].max()}"
-                raise ValueError(f"{name} from {found}, {least} to {most} expected")
-    if {"episode", "split"} <= set(arrays):
-        for number, name in enumerate(SPLITS):
-            if not (arrays["split"][arrays["episode"]] == number).any():
-                raise ValueError(f"the {name} split has no rows; splits are by episode, at least 3 are needed")
-    if {"action", "action_mask"} <= set(arrays):
-        action, mask = arrays["action"].astype(np.int64), arrays["action_mask"]
-        if not 0 <= action.min() <= action.max() < mask.shape[1]:
-            raise ValueError(f"actions from {action.min()} to {action.max()}, but masks of {mask.shape[1]} actions")
-        forbidden = int((~mask[np.arange(len(action)), action]).sum())
-        if forbidden:
-            raise ValueError(
-                f"{forbidden:,} of {len(action):,} actions are forbidden by their own mask; "
-                "a mask that was sliced from the wrong columns looks like that"
-            )
-    strategies = len(data.meta.get("strategies", []))
-    if "strategy" in arrays and not -1 <= arrays["strategy"].min() <= arrays["strategy"].max() < max(strategies, 1):
-        found = f"{arrays['strategy'].min()} to {arrays['strategy'].max()}"
-        raise ValueError(f"strategies from {found}, but meta names {strategies} (-1: unknown)")
-    if {"policy_probs", "action_mask", "strategy"} <= set(arrays):
-        has, wanted = arrays["policy_probs"].shape[1:], (strategies, arrays["action_mask"].shape[1])
-        if has != wanted:
-            raise ValueError(f"policy_probs of {has} strategies and actions, {wanted} expected")
-        if arrays["strategy"].min() < 0:
-            raise ValueError("policy_probs without the strategy of each row; leave them out, or write the strategies")
-
-
 # What can be known ----------------------------------------------------------------------------------------------------
-def history_posterior(data: Dataset) -> np.ndarray:
+def history_posterior(data: Record) -> np.ndarray:
     """The exact probability (N, K) that the acting agent has each strategy, given all that happened before the row.
 
     Bayes' rule over all rosters: the prior, times the probability that each would have acted as it was seen to. The
@@ -1008,7 +839,7 @@ def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws
     return shares
 
 
-def ceilings(data: Dataset) -> dict[str, np.ndarray]:
+def ceilings(data: Record) -> dict[str, np.ndarray]:
     """Predictions (N, A) by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
 
     Nobody who sees the whole game can do better than the first, nobody at all better than the second.

@@ -1,9 +1,10 @@
-"""benchmark/moa.py: tables of finished runs, and questions answered by changing one thing."""
+"""benchmark/moa.py: reports of a run beside the ceilings, tables of finished runs, and one thing changed at a time."""
 
 from __future__ import annotations
 
 import csv
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
@@ -21,6 +23,7 @@ import moa as tables  # noqa: E402
 
 import pretrain_vae_moa  # noqa: E402
 from envs import stag_hunt  # noqa: E402
+from pretrain_vae_moa import MOA, Args, Records, main, predict_actions, score  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -30,28 +33,88 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    blank = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: blank.save(file, format="png"))
+
+
+@pytest.fixture(scope="module")
+def data() -> stag_hunt.Record:
+    return stag_hunt.collect(4_000, seed=2)
+
+
+def train(folder: Path, **changes) -> Path:
+    """A tiny run."""
+    return main(Args(**{
+        "env_id": "4p5b4x4", "rows": 1_500, "total_timesteps": 6, "eval_frequency": 3, "batch_size": 16,
+        "runs_dir": str(folder), "data_dir": str(folder / "data"), "run_name": "run", **changes,
+    }))  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Tiny runs of two variants, one of them with two seeds, and one that is not finished."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        blank = Image.new("RGB", (8, 8))
-        patch.setattr(Figure, "savefig", lambda self, file, **_: blank.save(file, format="png"))
-        for variant, seed in (("moa-z", 1), ("moa-z", 2), ("both-z", 1), ("late", 1)):
-            path = pretrain_vae_moa.main(pretrain_vae_moa.Args(
-                env_id="4p5b4x4", rows=1_500, total_timesteps=6, eval_frequency=3, batch_size=16, probe_rows=300,
-                reference_steps=3, runs_dir=str(folder), data_dir=str(folder / "data"), seed=seed,
-                objective="both" if variant == "both-z" else "moa",
-                run_name=f"pretrain_vae_moa-{variant}__4p5b4x4__{seed}",
-            ))  # fmt: skip
-            if variant == "late":
-                (path / "latent.png").unlink()
-    torch.use_deterministic_algorithms(False)
+    for variant, seed in (("moa-z", 1), ("moa-z", 2), ("both-z", 1), ("late", 1)):
+        objective = "both" if variant == "both-z" else "moa"
+        path = train(folder, seed=seed, objective=objective, run_name=f"pretrain_vae_moa-{variant}__4p5b4x4__{seed}")
+        if variant == "late":
+            state = torch.load(path / "checkpoint.pt", weights_only=True)
+            torch.save({**state, "finished": False}, path / "checkpoint.pt")
     return folder
 
 
+def test_a_report_has_tables_and_pictures(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pretrain_vae_moa-both-z__4p5b4x4__1", run)
+    tables.report(tables.Report(run, reference_steps=3))
+    printed = capsys.readouterr().out
+    for word in ("majority", "history Bayes", "oracle", "linear probes of z", "standard error, by game"):
+        assert word in printed
+    names = list(dict.fromkeys(row["name"] for row in read(run / "table.csv")))
+    assert names == [
+        "majority", "prior + mask", "random encoder + probe", "MOA + reconstruction, z head, context 1",
+        "single frame, knows the policies", "history Bayes", "oracle",
+    ]  # fmt: skip
+    (probes,) = read(run / "probes.csv")
+    assert {"action", "strategy", "self's cell", "stag's cell", "latent KL"} == set(probes)
+    events = EventAccumulator(str(run), size_guidance={"images": 0})
+    events.Reload()
+    pictures = ["confusion_matrix", "recall_and_calibration", "latent", "reconstructions"]
+    for name in pictures:
+        pixels = np.asarray(Image.open(run / f"{name}.png").convert("RGB"))
+        assert min(pixels.shape[:2]) > 150
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
+    assert {f"images/{name}" for name in pictures} <= set(events.Tags()["images"])
+
+
+def test_what_is_no_finished_run_has_no_report(runs, tmp_path, capsys):
+    late = runs / "pretrain_vae_moa-late__4p5b4x4__1"
+    other = str(tmp_path / "other.npz")
+    data = stag_hunt.collect(500, seed=1)
+    stag_hunt.save_records(Path(other), data)
+    for args, part in (
+        (tables.Report(tmp_path), "is no run folder"), (tables.Report(late), "is not finished"),
+        (tables.Report(runs / "pretrain_vae_moa-moa-z__4p5b4x4__1", dataset=other), "has another dataset"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            tables.report(args)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith("error: ") and part in line
+
+
 def test_runs_become_tables(runs, tmp_path, capsys):
-    tables.table(tables.Table(runs, tmp_path / "results"))
+    tables.table(tables.Table(runs, tmp_path / "results", reference_steps=3))
     printed = capsys.readouterr().out
     assert "not finished, left out: pretrain_vae_moa-late__4p5b4x4__1" in printed
     scores = read(tmp_path / "results" / "table.csv")
@@ -142,3 +205,92 @@ def test_what_is_changed_is_that_and_nothing_else():
     twice = -torch.log_softmax(torch.softmax(logits, 1), 1)[torch.arange(5), action].mean()
     assert torch.allclose(model.policy_loss(logits, action), twice)
     assert not torch.allclose(twice, F.cross_entropy(logits, action))
+
+
+# --- scores beside what can be known ---
+def test_the_standard_error_is_clustered_by_game(data):
+    records = Records(data.arrays, data.meta, "1", CPU)
+    rows = np.arange(4_000)
+    q = np.random.default_rng(0).dirichlet(np.ones(7), len(rows))
+    true = records.ceilings["oracle"]
+    gain, error = tables.difference(true, q, records, rows)
+    values = true.max(1) - true[rows, q.argmax(1)]
+    assert gain == pytest.approx(values.mean()) and gain > 0
+    episodes = [values[data.arrays["episode"] == e] for e in np.unique(data.arrays["episode"])]
+    draws = np.random.default_rng(1).integers(len(episodes), size=(1_000, len(episodes)))
+    sums, counts = (np.array([f(part) for part in episodes]) for f in (np.sum, len))
+    assert error == pytest.approx((sums[draws].sum(1) / counts[draws].sum(1)).std(), rel=0.15)
+    assert tables.difference(q, q, records, rows) == (0.0, 0.0)
+
+
+def test_no_one_beats_the_ceilings():
+    """The more one knows, the better: class shares, legal actions, the whole history, the strategy itself."""
+    data = stag_hunt.collect(30_000, seed=7)
+    records = Records(data.arrays, data.meta, "1", CPU)
+    rows = records.rows(2)
+    known = {name: q[rows] for name, q in records.ceilings.items()}
+    ladder = [*tables.baselines(records, rows).values(), known["history Bayes"], known["oracle"]]
+    scores = [score(q, records, rows)["expected_top1"] for q in ladder]
+    nll = [score(q, records, rows)["nll"] for q in ladder]
+    assert scores == sorted(scores) and nll == sorted(nll, reverse=True)
+    assert scores[2] == pytest.approx(0.85, abs=0.02) and scores[3] == pytest.approx(0.876, abs=0.02)
+    legal = data.arrays["action_mask"][rows]
+    assert all((q[~legal] == 0).all() for q in ladder[1:])
+
+
+def test_learns_more_than_it_could_guess(tmp_path, no_pictures):
+    folder = train(
+        tmp_path, rows=12_000, total_timesteps=1_000, eval_frequency=500, batch_size=64, eval_episodes=60,
+        learning_rate=1e-3, reconstruction_weight=0.01,
+    )  # fmt: skip
+    tables.report(tables.Report(folder, reference_steps=200))
+    table = {row["name"]: row for row in read(folder / "table.csv") if row["subset"] == "all"}
+    value = {name: float(row["expected_top1"]) for name, row in table.items()}
+    model = next(name for name in value if name.startswith("MOA"))
+    assert value[model] > value["prior + mask"] + 0.2 and value[model] > value["random encoder + probe"] + 0.05
+    assert value["oracle"] > value["history Bayes"] > value[model]
+    assert value["history Bayes"] >= value["single frame, knows the policies"] - 0.01
+    assert float(table[model]["nll"]) < float(table["prior + mask"]["nll"]) - 0.4
+    assert float(table[model]["top3"]) > 0.93 and float(table["history Bayes"]["achieved"]) == 1.0
+    rows = read(folder / "eval.csv")
+    assert float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
+    assert float(rows[-1]["validation_reconstruction"]) < 0.5 * 7 * 16 * math.log(2)
+
+
+def test_an_untrained_model_does_not(data):
+    records = Records(data.arrays, data.meta, "1", CPU)
+    rows = records.rows(2)
+    torch.manual_seed(0)
+    q = predict_actions(MOA(Args(latent_dim=5), records.sizes, CPU), records, rows)["q"]
+    guess = score(tables.baselines(records, rows)["prior + mask"], records, rows)["top1"]
+    assert score(q, records, rows)["top1"] < guess + 0.2
+
+
+def test_a_leak_is_noticed(tmp_path, no_pictures, monkeypatch, capsys):
+    """A model that is shown its labels does better than anybody can."""
+    report = tables.Report(train(tmp_path, rows=6_000, total_timesteps=2), reference_steps=5)
+    honest = tables.predict_actions
+
+    def cheat(agent, records, rows):
+        true = records.ceilings["oracle"][rows]
+        did = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
+        return {**honest(agent, records, rows), "q": (true + did) / 2}
+
+    tables.report(report)
+    assert "leaked" not in capsys.readouterr().out
+    monkeypatch.setattr(tables, "predict_actions", cheat)
+    tables.report(report)
+    assert "warning: better than history Bayes can be" in capsys.readouterr().out
+
+    def copy(agent, records, rows):
+        """Mostly what was done: no better in expectation, and better than the oracle in fact."""
+        result = honest(agent, records, rows)
+        did = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
+        copied = np.random.default_rng(0).random(len(rows)) < 0.98
+        return {**result, "q": np.where(copied[:, None], did, result["q"])}
+
+    monkeypatch.setattr(tables, "predict_actions", copy)
+    large = train(tmp_path, rows=6_000, total_timesteps=2, run_name="copy", env_id="4p5b8x8")
+    tables.report(tables.Report(large, reference_steps=5))
+    printed = capsys.readouterr().out
+    assert "better than history Bayes can be" in printed and "better than oracle can be" in printed

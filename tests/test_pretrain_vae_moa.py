@@ -1,4 +1,4 @@
-"""pretrain_vae_moa.py: data, formulas, what each objective moves, scores and ceilings, resuming, and bad input."""
+"""pretrain_vae_moa.py: data, formulas, what each objective moves, scores, resuming, odd games, and bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain_vae_moa as moa  # noqa: E402
 from envs import stag_hunt  # noqa: E402
-from pretrain_vae_moa import MOA, Args, Records, Sampler, confusion, difference, main, score  # noqa: E402
+from envs.records import Record, read_records, save_records  # noqa: E402
+from pretrain_vae_moa import MOA, Args, Records, Sampler, confusion, main, score  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ CONTEXTS = ("1", "4", "history")
 
 TINY = {
     "rows": 1_200, "total_timesteps": 60, "eval_frequency": 20, "checkpoint_frequency": 15, "eval_episodes": 6,
-    "batch_size": 16, "reference_steps": 5, "probe_rows": 200, "run_name": "run", "env_id": "4p5b4x4",
+    "batch_size": 16, "run_name": "run", "env_id": "4p5b4x4",
 }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def tiny(tmp_path, data_dir) -> Callable[..., Args]:
 
 
 @pytest.fixture(scope="session")
-def data() -> stag_hunt.Dataset:
+def data() -> Record:
     return stag_hunt.collect(4_000, seed=2)
 
 
@@ -83,7 +84,7 @@ def double():
     torch.set_default_dtype(torch.float64)
 
 
-def records_of(data: stag_hunt.Dataset, context="1") -> Records:
+def records_of(data: Record, context="1") -> Records:
     return Records(data.arrays, data.meta, context, CPU)
 
 
@@ -119,7 +120,7 @@ def tensors(value, name="") -> dict[str, Tensor]:
 def outcome(folder: Path) -> dict[str, Tensor | bytes]:
     """What two equal runs have in common: weights, the finished checkpoint, and all that is written down."""
     result = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
-    assert "eval.csv" in result and "table.csv" in result
+    assert "eval.csv" in result
     for path in folder.glob("*.npz"):
         with np.load(path) as file:
             result |= {f"{path.name}/{name}": torch.from_numpy(file[name]) for name in file.files}
@@ -218,7 +219,7 @@ def test_probes_are_fitted_to_whole_training_episodes(data):
 
 
 # --- mirrored and turned boards ---
-def played(data: stag_hunt.Dataset, rows: np.ndarray, turn: int, order: np.ndarray) -> stag_hunt.VectorStagHunt:
+def played(data: Record, rows: np.ndarray, turn: int, order: np.ndarray) -> stag_hunt.VectorStagHunt:
     """The games of some rows on a board turned by hand, in coordinates, with the players in another order."""
 
     def turned(places: np.ndarray) -> np.ndarray:
@@ -274,10 +275,10 @@ def test_a_turned_game_is_the_same_game(turn, data):
 def test_other_games_are_never_turned(data):
     """A record with scripts on a square board, whose actions are not the stag hunt's."""
     assert records_of(data).symmetry and records_of(data).strategies
-    theirs = stag_hunt.Dataset(data.arrays, {**data.meta, "action_names": ["a", "b", "c", "d", "e", "f", "g"]})
+    theirs = Record(data.arrays, {**data.meta, "action_names": ["a", "b", "c", "d", "e", "f", "g"]})
     assert records_of(theirs).symmetry is None and records_of(theirs).strategies
     unknown = np.where(np.arange(len(data.arrays["strategy"])) == 3, -1, data.arrays["strategy"])
-    assert records_of(stag_hunt.Dataset({**data.arrays, "strategy": unknown}, data.meta)).strategies == []
+    assert records_of(Record({**data.arrays, "strategy": unknown}, data.meta)).strategies == []
 
 
 @pytest.mark.parametrize("context", ["4", "history"])
@@ -404,7 +405,7 @@ def test_the_objective_moves_its_modules_and_no_others(objective, head_input, da
         model.update(records.batch(torch.arange(20)), step)
     wanted = {"reconstruction": {"encoder", "decoder"}, "moa": {"encoder", "head"}}
     assert moved(before, model) == wanted.get(objective, {"encoder", "decoder", "head"})
-    names = [name for module in model.used.values() for name, _ in module.named_parameters()]
+    names = [name for part in model.used for name, _ in getattr(model, part).named_parameters()]
     assert len(names) == len(model.optimizer.param_groups[0]["params"])
     after = snapshot(model)
     still = [name for name in before if name.split("/")[1] in model.used and torch.equal(before[name], after[name])]
@@ -454,7 +455,7 @@ def test_the_gradient_is_clipped(data):
     model = make_model(records, max_grad_norm=0.01)
     norm = model.update(records.batch(torch.arange(20)))["gradient_norm"]
     assert float(norm) > 0.1  # the norm before clipping is what is told
-    total = torch.stack([p.grad.square().sum() for p in model.parameters]).sum().sqrt()
+    total = torch.stack([p.grad.square().sum() for p in model.trained]).sum().sqrt()
     assert float(total) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -539,36 +540,6 @@ def test_scores_equal_plain_definitions(data):
     assert result["top3"] == pytest.approx(np.mean([a in np.argsort(p)[-3:] for a, p in zip(action, q, strict=True)]))
 
 
-def test_the_standard_error_is_clustered_by_game(data):
-    records = records_of(data)
-    rows = np.arange(4_000)
-    q = np.random.default_rng(0).dirichlet(np.ones(7), len(rows))
-    true = records.ceilings["oracle"]
-    gain, error = difference(true, q, records, rows)
-    values = true.max(1) - true[rows, q.argmax(1)]
-    assert gain == pytest.approx(values.mean()) and gain > 0
-    episodes = [values[data.arrays["episode"] == e] for e in np.unique(data.arrays["episode"])]
-    draws = np.random.default_rng(1).integers(len(episodes), size=(1_000, len(episodes)))
-    sums, counts = (np.array([f(part) for part in episodes]) for f in (np.sum, len))
-    assert error == pytest.approx((sums[draws].sum(1) / counts[draws].sum(1)).std(), rel=0.15)
-    assert difference(q, q, records, rows) == (0.0, 0.0)
-
-
-def test_no_one_beats_the_ceilings():
-    """The more one knows, the better: class shares, legal actions, the whole history, the strategy itself."""
-    data = stag_hunt.collect(30_000, seed=7)
-    records = records_of(data)
-    rows = records.rows(2)
-    known = {name: q[rows] for name, q in records.ceilings.items()}
-    ladder = [*moa.baselines(records, rows).values(), known["history Bayes"], known["oracle"]]
-    scores = [score(q, records, rows)["expected_top1"] for q in ladder]
-    nll = [score(q, records, rows)["nll"] for q in ladder]
-    assert scores == sorted(scores) and nll == sorted(nll, reverse=True)
-    assert scores[2] == pytest.approx(0.85, abs=0.02) and scores[3] == pytest.approx(0.876, abs=0.02)
-    legal = data.arrays["action_mask"][rows]
-    assert all((q[~legal] == 0).all() for q in ladder[1:])
-
-
 def test_a_linear_probe_finds_what_is_linear():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2_000, 6, generator=generator) * torch.tensor([1.0, 5, 0.1, 1, 1, 0]) + 3
@@ -584,68 +555,27 @@ def test_a_linear_probe_finds_what_is_linear():
 
 
 # --- learning ---
-def test_learns_more_than_it_could_guess(tmp_path, tiny, no_pictures):
-    folder = main(tiny(
-        env_id="4p5b4x4", rows=12_000, total_timesteps=1_000, eval_frequency=500, batch_size=64, reference_steps=200,
-        eval_episodes=60, learning_rate=1e-3, probe_rows=3_000, reconstruction_weight=0.01,
-    ))  # fmt: skip
-    table = {row["name"]: row for row in read_table(folder / "table.csv") if row["subset"] == "all"}
-    value = {name: float(row["expected_top1"]) for name, row in table.items()}
-    model = next(name for name in value if name.startswith("MOA"))
-    assert value[model] > value["prior + mask"] + 0.2 and value[model] > value["random encoder + probe"] + 0.05
-    assert value["oracle"] > value["history Bayes"] > value[model]
-    assert value["history Bayes"] >= value["single frame, knows the policies"] - 0.01
-    assert float(table[model]["nll"]) < float(table["prior + mask"]["nll"]) - 0.4
-    assert float(table[model]["top3"]) > 0.93 and float(table["history Bayes"]["achieved"]) == 1.0
-    rows = read_table(folder / "eval.csv")
-    assert float(rows[-1]["validation_loss"]) < float(rows[0]["validation_loss"])
-    assert float(rows[-1]["validation_reconstruction"]) < 0.5 * 7 * 16 * math.log(2)
-
-
-def test_an_untrained_model_does_not(data):
-    records = records_of(data)
-    rows = records.rows(2)
-    q = moa.evaluate(make_model(records), records, rows).q
-    guess = score(moa.baselines(records, rows)["prior + mask"], records, rows)["top1"]
-    assert score(q, records, rows)["top1"] < guess + 0.2
-
-
-def test_a_leak_is_noticed(tiny, no_pictures, monkeypatch, capsys):
-    """A model that is shown its labels does better than anybody can."""
-    evaluate = moa.evaluate
-
-    def cheat(model, records, rows):
-        true = records.ceilings["oracle"][rows]
-        did = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
-        return evaluate(model, records, rows)._replace(q=(true + did) / 2)
-
-    main(tiny(rows=6_000, total_timesteps=2))
-    assert "leaked" not in capsys.readouterr().out
-    monkeypatch.setattr(moa, "evaluate", cheat)
-    main(tiny(rows=6_000, total_timesteps=2, run_name="leak"))
-    printed = capsys.readouterr().out
-    assert "warning: better than history Bayes can be" in printed
-
-    def copy(model, records, rows):
-        """Mostly what was done: no better in expectation, and better than the oracle in fact."""
-        result = evaluate(model, records, rows)
-        did = np.eye(records.sizes.actions)[records.arrays["action"][rows]]
-        copied = np.random.default_rng(0).random(len(rows)) < 0.98
-        return result._replace(q=np.where(copied[:, None], did, result.q))
-
-    monkeypatch.setattr(moa, "evaluate", copy)
-    main(tiny(rows=6_000, total_timesteps=2, run_name="copy", env_id="4p5b8x8"))
-    printed = capsys.readouterr().out
-    assert "better than history Bayes can be" in printed and "better than oracle can be" in printed
-
-
-def test_a_signal_in_the_report_ends_the_run_at_once(reference, tiny, no_pictures, monkeypatch):
+def test_a_signal_while_videos_are_made_ends_the_run_at_once(reference, tiny, no_pictures, monkeypatch):
+    args = {"capture_video": True}
     with monkeypatch.context() as patch:
-        patch.setattr(moa, "final_table", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), pytest.fail("goes on")))
-        assert exit_status(tiny()) == 128 + signal.SIGTERM
-    args = tiny(resume=True)
-    assert exit_status(args) == 0
-    assert not differences(outcome(Path(args.runs_dir) / "run"), reference)
+        patch.setattr(moa, "record_videos", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), pytest.fail("goes on")))
+        assert exit_status(tiny(**args)) == 128 + signal.SIGTERM
+    made = []
+    monkeypatch.setattr(moa, "record_videos", lambda test, *_: made.append(test) or [])
+    args = tiny(**args, resume=True)
+    assert exit_status(args) == 0 and len(made) == 1
+    different = differences(outcome(Path(args.runs_dir) / "run"), reference)
+    assert set(different) <= {"checkpoint.pt/arguments"}
+
+
+def test_videos_that_fail_do_not_undo_the_training(tiny, tmp_path, no_pictures, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no codec")
+
+    monkeypatch.setattr(moa, "record_videos", fail)
+    folder = main(tiny(total_timesteps=2, capture_video=True))
+    assert "warning: film failed (ValueError: no codec)" in capsys.readouterr().out
+    assert (folder / "model.pt").exists() and torch.load(folder / "checkpoint.pt", weights_only=True)["finished"]
 
 
 def test_records_with_other_names_and_scales(data):
@@ -665,9 +595,7 @@ def test_records_with_other_names_and_scales(data):
 @pytest.mark.parametrize("objective", ["reconstruction", "moa"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_every_objective_runs_in_every_context(objective, context, tiny, no_pictures):
-    folder = main(
-        tiny(objective=objective, context=context, head_input="state+z", total_timesteps=4, reference_steps=0)
-    )
+    folder = main(tiny(objective=objective, context=context, head_input="state+z", total_timesteps=4))
     (row,) = read_table(folder / "eval.csv")
     assert float(row["top1"]) > 0 and math.isnan(float(row["train_policy"])) == (objective == "reconstruction")
     assert math.isnan(float(row["validation_reconstruction"])) == (objective == "moa")
@@ -690,7 +618,7 @@ def reference(finished) -> dict:
 
 def test_a_saved_model_can_be_used_alone(finished, data_dir):
     model = moa.load_model(finished / "model.pt")
-    data = stag_hunt.load_dataset(next(Path(data_dir).glob("4p5b4x4__18__1200__1.npz")))
+    data = read_records(next(Path(data_dir).glob("4p5b4x4__18__1200__1.npz")))
     records = records_of(data)
     rows = records.rows(2)
     z = model.encode(torch.from_numpy(data.arrays["obs"][rows]))
@@ -699,7 +627,7 @@ def test_a_saved_model_can_be_used_alone(finished, data_dir):
     assert all(float(p.grad.abs().sum()) > 0 for p in model.encoder.parameters() if p.grad is not None)
     assert sum(p.grad is not None for p in model.encoder.parameters()) > 6
     assert z.detach().numpy() == pytest.approx(moa.predict(model, records, rows)["mean"], abs=1e-6)
-    assert model.args.run_name == "run" and model.sizes == records.sizes
+    assert model.args.rows == 1_200 and model.sizes == records.sizes
 
 
 def test_the_five_lines_of_the_page_work(finished, tmp_path):
@@ -713,14 +641,15 @@ def test_the_five_lines_of_the_page_work(finished, tmp_path):
 
 def test_loading_a_model_evaluates_it_again(finished, tiny, no_pictures):
     folder = main(tiny(load=str(finished / "best_model.pt"), total_timesteps=0, run_name="again"))
-    old, new = (
-        [row for row in read_table(path / "table.csv") if row["name"].startswith("MOA")] for path in (finished, folder)
-    )  # fmt: skip
-    assert old == new
+    best = min(read_table(finished / "eval.csv"), key=lambda row: float(row["validation_loss"]))
+    (again,) = read_table(folder / "eval.csv")
+    assert again["step"] == "0" and again["train_loss"] == "nan"
+    names = [name for name in best if name != "step" and not name.startswith("train_")]
+    assert {name: best[name] for name in names} == {name: again[name] for name in names}
     further = main(tiny(load=str(finished / "best_model.pt"), total_timesteps=3, run_name="further"))
     begun = torch.load(finished / "best_model.pt", weights_only=True)
     after = torch.load(further / "model.pt", weights_only=True)
-    change = max(float((after["encoder"][k] - v).abs().max()) for k, v in begun["encoder"].items())
+    change = max(float((after["agent"][k] - v).abs().max()) for k, v in begun["agent"].items())
     assert 0 < change < 3e-3  # three small steps away from where it began
 
 
@@ -728,14 +657,14 @@ def test_loading_a_model_evaluates_it_again(finished, tiny, no_pictures):
 def test_another_seed_ends_elsewhere(reference, tiny, no_pictures):
     """Otherwise the equalities below would be empty."""
     other = outcome(main(tiny(seed=2)))
-    assert {"eval.csv", "model.pt/encoder/heads.weight", "table.csv"} <= set(differences(reference, other))
+    assert {"eval.csv", "model.pt/agent/encoder.heads.weight"} <= set(differences(reference, other))
 
 
 def test_the_same_seed_ends_at_the_same_bytes(reference, tiny, no_pictures):
     assert not differences(outcome(main(tiny())), reference)
 
 
-@pytest.mark.parametrize("changes", [{"eval_episodes": 2}, {"checkpoint_frequency": 7}, {"reference_steps": 0}])
+@pytest.mark.parametrize("changes", [{"eval_episodes": 2}, {"checkpoint_frequency": 7}])
 def test_looking_does_not_change_training(changes, reference, tiny, no_pictures):
     other = outcome(main(tiny(**changes)))
     assert not [name for name in differences(reference, other) if name.startswith("model.pt/")]
@@ -783,6 +712,10 @@ def is_checkpoint_file(descriptor: int) -> bool:
     return "checkpoint.pt" in str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
+def is_last_model(_, name, __) -> bool:
+    return name == "model.pt"
+
+
 def kill_in_second_save() -> None:
     save, calls = torch.save, []
 
@@ -807,9 +740,9 @@ KILLS = {  # name -> what to arm in the process that will be killed, and the ste
     "in the middle of writing a checkpoint": (kill_in_second_save, 15),
     "before a checkpoint is flushed": (lambda: at_call(os, "fsync", 3, is_checkpoint_file), 20),
     "before a checkpoint is renamed": (lambda: at_call(os, "replace", 3, to_checkpoint), 20),
-    "in the final table": (lambda: at_call(moa, "final_table", 1), 60),
-    "while an epoch's pictures are drawn": (lambda: at_call(Figure, "savefig", 4), 30),
-    "while the last pictures are drawn": (lambda: at_call(Figure, "savefig", 8), 60),
+    "while an epoch's picture is drawn": (lambda: at_call(Figure, "savefig", 2), 30),
+    "before model.pt is written": (lambda: at_call(moa.Run, "save_model", 1, is_last_model), 60),
+    "before the run is marked as finished": (lambda: at_call(moa.Run, "finish", 1), 60),
 }
 
 
@@ -872,21 +805,24 @@ def interrupted(tiny, tmp_path, no_pictures, monkeypatch) -> Path:
     return tmp_path / "run" / "checkpoint.pt"
 
 
-MODEL_KEYS = ("encoder", "decoder", "head", "optimizer")
-CHECKPOINT_KEYS = ("step", "sums", "dataset", "torch_rng", "eval_rows", "arguments", "script", "finished", "cuda_rng")
+CHECKPOINT_KEYS = {
+    "step", "sums", "dataset", "agent", "optimizer", "torch_rng", "eval_rows", "arguments", "script", "finished",
+    "cuda_rng",
+}  # fmt: skip
+INNER_KEYS = ("agent/encoder.heads.weight", "agent/decoder.layers.0.bias", "optimizer/state", "optimizer/param_groups")
 
 
-@pytest.mark.parametrize("key", [*CHECKPOINT_KEYS, "model", *(f"model/{key}" for key in MODEL_KEYS)])
+@pytest.mark.parametrize("key", [*sorted(CHECKPOINT_KEYS), *INNER_KEYS])
 def test_nothing_can_be_left_out_of_a_checkpoint(key, interrupted, tiny, capsys):
     state = torch.load(interrupted, weights_only=True)
-    assert set(state) == {*CHECKPOINT_KEYS, "model"} and set(state["model"]) == set(MODEL_KEYS)
+    assert set(state) == CHECKPOINT_KEYS
     name, _, inner = key.partition("/")
-    del (state["model"] if inner else state)[inner or name]
+    del (state[name] if inner else state)[inner or name]
     torch.save(state, interrupted)
     capsys.readouterr()
     assert exit_status(tiny(resume=True)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "checkpoint.pt is damaged" in line and (inner or name) in line
+    assert "checkpoint.pt is damaged" in line and (inner.startswith(("encoder", "decoder")) or (inner or name) in line)
 
 
 # --- bad input ---
@@ -913,6 +849,11 @@ def refused(capsys, tmp_path, args: Args, *parts: str, status=2) -> str:
         ({"learning_rate": math.nan}, ["--learning-rate nan"]),
         ({"kl_weight": math.inf}, ["--kl-weight inf"]),
         ({"rows": 0}, ["--rows 0"]),
+        ({"rows": 10**13}, ["--rows 10000000000000 need", "GB of memory"]),
+        ({"seed": 2**64}, ["--seed 18446744073709551616"]),
+        ({"learning_rate": 1e39}, ["--learning-rate 1e+39"]),
+        ({"max_cycles": 2**20}, ["--max-cycles 1048576", "32767"]),
+        ({"latent_dim": 10**9}, ["--latent-dim 1000000000"]),
         ({"rows": 3}, ["at least 3 are needed"]),
         ({"total_timesteps": 0}, ["--load"]),
         ({"capture_video": True, "env_id": f"{__name__}:TheirEnv", "rows": 60}, ["--capture-video"]),
@@ -934,7 +875,7 @@ def test_bad_arguments_are_refused(changes, parts, tiny, tmp_path, capsys):
 
 def test_bad_datasets_are_refused(tiny, tmp_path, capsys):
     data, path = stag_hunt.collect(400, seed=1), tmp_path / "games.npz"
-    stag_hunt.save_dataset(path, data)
+    save_records(path, data)
     whole = path.read_bytes()
     args = tiny(dataset=str(path))
     path.write_bytes(whole[: len(whole) // 2])
@@ -954,7 +895,7 @@ def test_bad_datasets_are_refused(tiny, tmp_path, capsys):
     refused(capsys, tmp_path, args, "never unpickled")
     wrong = np.roll(data.arrays["action_mask"], 1, axis=1)
     count = int((~wrong[np.arange(400), data.arrays["action"]]).sum())
-    stag_hunt.save_dataset(path, stag_hunt.Dataset({**data.arrays, "action_mask": wrong}, data.meta))
+    save_records(path, Record({**data.arrays, "action_mask": wrong}, data.meta))
     refused(capsys, tmp_path, args, f"{count} of 400 actions are forbidden", "wrong columns")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["games.npz"]
 
@@ -986,14 +927,14 @@ def test_a_damaged_checkpoint_and_changed_arguments_are_refused(interrupted, tin
 
 def test_another_dataset_under_the_same_name_is_refused(tiny, tmp_path, no_pictures, monkeypatch, capsys):
     path = tmp_path / "games.npz"
-    stag_hunt.save_dataset(path, stag_hunt.collect(400, seed=1))
+    save_records(path, stag_hunt.collect(400, seed=1))
     with monkeypatch.context() as patch:
         patch.setattr(MOA, "update", MOA.update)
         at_update(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert exit_status(tiny(dataset=str(path))) == 143
-    stag_hunt.save_dataset(path, stag_hunt.collect(400, seed=2))
+    save_records(path, stag_hunt.collect(400, seed=2))
     refused(capsys, tmp_path, tiny(dataset=str(path), resume=True), "another dataset")
-    stag_hunt.save_dataset(path, stag_hunt.collect(400, seed=1))
+    save_records(path, stag_hunt.collect(400, seed=1))
     assert exit_status(tiny(dataset=str(path), resume=True)) == 0
 
 
@@ -1085,9 +1026,7 @@ def test_trains_on_others_environments(name, tiny, tmp_path, no_pictures):
     folder = main(args)
     rows = read_table(folder / "eval.csv")
     assert len(rows) == 2 and float(rows[-1]["top1"]) > 0 and math.isnan(float(rows[-1]["expected_top1"]))
-    names = {row["name"] for row in read_table(folder / "table.csv")}
-    assert "oracle" not in names and "prior + mask" in names and len(names) == 4
-    data = stag_hunt.load_dataset(next(Path(args.data_dir).glob(f"*{name}__18__260__1.npz")))
+    data = read_records(next(Path(args.data_dir).glob(f"*{name}__18__260__1.npz")))
     arrays = data.arrays
     assert len(arrays["action"]) == 260 and arrays["obs"].dtype == np.uint8
     assert arrays["obs"].shape[1:] == ((2, 6, 6) if "dict" in name else (3, 5, 5))
@@ -1116,21 +1055,216 @@ def test_masks_are_optional(tiny, no_pictures):
      ((3, 84, 96), (0, 1, 2)), ((5, 5, 5), (2, 0, 1))],
 )  # fmt: skip
 def test_the_axis_of_the_channels_is_found(shape, order):
-    assert moa.to_channels_first(shape) == order
+    view = np.random.default_rng(0).random(shape)
+    assert (moa.see(TheirEnv(shape=shape), "a", view, {})[0] == view.transpose(order)).all()
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("their_turn_based", "parallel environment expected"),
-        ("their_continuous_env", "discrete actions expected"),
+        ("their_turn_based", "expected a PettingZoo parallel environment"),
+        ("their_continuous_env", "expected discrete actions"),
         ("their_vector_env", "image-like"),
-        ("their_unequal_env", "agents of one kind"),
+        ("their_unequal_env", "expected agents of one kind"),
     ],
 )
 def test_environments_that_do_not_fit_are_refused(name, part, tiny, tmp_path, capsys):
     refused(capsys, tmp_path, tiny(env_id=f"{__name__}:{name}"), part)
     assert not (tmp_path / "run").exists()
+
+
+class Odd(TheirEnv):
+    """TheirEnv with one oddity, by its name."""
+
+    def __init__(self, oddity):
+        super().__init__(dtype=np.float32, as_dict=oddity == "mask in both", masks="mask" in oddity)
+        self.oddity = oddity
+        if oddity in ("unbounded", "huge bounds", "one big cell, no bounds"):
+            self.box = self.space = Box(*((-1e10, 1e10) if "huge" in oddity else (-np.inf, np.inf)), (5, 5, 3))
+        if oddity == "differing start":
+            self.actions["b"] = Discrete(3, start=1)
+        if oddity == "no player":
+            self.possible_agents = []
+
+    def see(self):
+        views = super().see()
+        for agent, view in views.items():
+            if "bounds" in self.oddity or self.oddity == "unbounded":
+                view[view > 9] = 9
+            if self.oddity in ("nan", "inf") and self.t == 2:
+                view[0, 0, 0] = float(self.oddity)
+            if "one big cell" in self.oddity:
+                view[...] = np.linspace(0, 9, 75).reshape(5, 5, 3)
+                view[0, 0, 0] = 1e9 if self.t == 2 else 4.5
+            if self.oddity == "list":
+                views[agent] = view.tolist()
+            if self.oddity == "wrong shape":
+                views[agent] = view[None]
+        if self.oddity == "no last view":
+            views = {agent: view for agent, view in views.items() if agent in self.still_there()}
+        return views
+
+    def still_there(self):
+        return [agent for agent in self.seen if not self.t >= (3 if agent == "b" else 6)]
+
+    def infos(self):
+        if self.oddity == "no infos":
+            return {}
+        if self.oddity in ("mask in info", "mask in both"):
+            return {agent: {"action_mask": np.array([1, 1, 0], np.int8)} for agent in self.seen}
+        if self.oddity == "longer mask":
+            return {agent: {"action_mask": np.ones(4, np.int8)} for agent in self.seen}
+        if self.oddity == "no legal action":
+            return {agent: {"action_mask": np.zeros(3, np.int8)} for agent in self.seen}
+        return super().infos()
+
+    def mask(self):
+        return np.array([1, 1, 1]) if self.oddity == "mask in info" else super().mask()
+
+    def reset(self, seed=None, options=None):
+        result = super().reset(seed)
+        if self.oddity == "no player after reset":
+            self.agents = []
+        return result
+
+    def step(self, actions):
+        views, rewards, ended, cut, infos = super().step(actions)
+        if self.oddity == "reward of an array":
+            rewards = {agent: np.array([reward]) for agent, reward in rewards.items()}
+        if self.oddity == "two rewards":
+            rewards = {agent: np.array([reward, reward]) for agent, reward in rewards.items()}
+        if self.oddity == "nan reward":
+            rewards["a"] = math.nan
+        if self.oddity == "crash" and self.t == 4:
+            raise RuntimeError("boom")
+        return (views, rewards, ended, infos) if self.oddity == "four values" else (views, rewards, ended, cut, infos)
+
+
+@pytest.fixture
+def odd(tiny, monkeypatch) -> Callable[..., Args]:
+    def make(oddity, **changes):
+        monkeypatch.setattr(sys.modules[__name__], "odd_game", lambda: Odd(oddity), raising=False)
+        return tiny(env_id=f"{__name__}:odd_game", **{"rows": 100, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("oddity", "part"),
+    [
+        ("nan", "a sees nan or inf"), ("inf", "a sees nan or inf"), ("wrong shape", "a sees shape (1, 5, 5, 3)"),
+        ("differing start", "3 actions from 0 on; views (5, 5, 3), 3 actions from 1 on"),
+        ("longer mask", "a has 3 actions, but a mask of shape (4,)"), ("no legal action", "a has no legal action"),
+        ("no player", "has no player"), ("no player after reset", "no player at the start of game 0"),
+        ("one big cell, no bounds", "give its observation space the bounds"), ("nan reward", "not finite"),
+        ("two rewards", "size 1"), ("four values", "expected 5, got 4"), ("crash", "RuntimeError: boom"),
+    ],
+)  # fmt: skip
+def test_games_that_cannot_be_recorded_are_one_line_that_names_them(oddity, part, odd, tmp_path, capsys):
+    args = odd(oddity, data_dir=str(tmp_path / "new"))
+    refused(capsys, tmp_path, args, part, f"{__name__}:odd_game")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "oddity",
+    ["mask in info", "mask in both", "no infos", "no last view", "list", "reward of an array", "unbounded",
+     "huge bounds", "one big cell"],
+)  # fmt: skip
+def test_games_that_are_only_odd_are_recorded_as_they_are(oddity, odd, tmp_path, capfd):
+    arrays, meta = moa.open_dataset(odd(oddity, data_dir=str(tmp_path)))
+    plain, _ = moa.play_randomly(TheirEnv(masks=False), 100, 18, 1)
+    if "mask" in oddity:
+        assert not arrays["action_mask"][:, 2].any() and set(arrays["action"].tolist()) == {0, 1}
+        odd_step = arrays["t"] % 2 == 1
+        assert arrays["action_mask"][:, 1].tolist() == (odd_step | (oddity == "mask in info")).tolist()
+    elif "big cell" in oddity:  # the others keep their shades, and the user is told
+        shades = np.rint(np.linspace(0, 255, 75).reshape(5, 5, 3)).transpose(2, 0, 1)
+        shades[0, 0, 0] = arrays["obs"][0, 0, 0, 0]
+        assert (arrays["obs"][arrays["t"] != 2] == shades).all()
+        assert set(arrays["obs"][:, 0, 0, 0].tolist()) == {128, 255}
+        assert "are cut off at 0 and 9" in capfd.readouterr().err
+    else:
+        assert all((arrays[name] == plain[name]).all() for name in arrays if name not in ("episode_seed",))
+    assert meta["observation_range"] == [0.0, 9.0] and meta["observation_scale"] == 255
+
+
+def test_who_has_left_keeps_its_last_view(odd, tmp_path):
+    args = odd("no last view", data_dir=str(tmp_path))
+    moa.open_dataset(args)
+    arrays = read_records(next(tmp_path.glob("*.npz"))).arrays
+    last = (arrays["agent"] == 1) & (arrays["t"] == 2)
+    assert arrays["terminated"][last].all() and (arrays["obs"][last] == arrays["next_obs"][last]).all()
+    others = ~arrays["terminated"]
+    assert (arrays["obs"][others] != arrays["next_obs"][others]).any((1, 2, 3)).all()
+
+
+def larger(self) -> None:
+    TheirEnv.__init__(self, shape=(6, 6, 3), masks=False)
+    self.oddity = "list"
+
+
+def test_a_game_that_has_changed_does_not_get_the_old_file(odd, tiny, tmp_path, monkeypatch, capsys):
+    args = odd("list", data_dir=str(tmp_path))
+    first, _ = moa.open_dataset(args)
+    (path,) = tmp_path.glob("*.npz")
+    assert f"kept in {path}" in capsys.readouterr().out
+    again, _ = moa.open_dataset(args)
+    assert (again["obs"] == first["obs"]).all() and f"{path}; remove it to have them" in capsys.readouterr().out
+    for change in (
+        {"mask": lambda self: np.array([1, 1, 1])},  # its code
+        {"see": lambda self: {agent: np.zeros((5, 5, 3)) for agent in self.seen}},
+        {"__init__": lambda self, oddity: larger(self)},
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setattr(Odd, name, value)
+            if "mask" in change:
+                patch.setattr(Odd, "infos", lambda self: {a: {"action_mask": np.array([1, 0, 1])} for a in self.seen})
+            with pytest.raises(ValueError, match="does not play now; remove the file to have them played") as error:
+                moa.open_dataset(args)
+            assert str(path) in str(error.value)
+    hunt = tiny(data_dir=str(tmp_path), rows=300)
+    moa.open_dataset(hunt)
+    monkeypatch.setattr(stag_hunt.VectorStagHunt, "sample", lambda self, p: np.full(p.shape[:2], stag_hunt.STAY))
+    with pytest.raises(ValueError, match="remove the file"):
+        moa.open_dataset(hunt)
+
+
+def test_a_game_without_a_seed_keeps_its_file(odd, tmp_path, monkeypatch):
+    def see(self):
+        return {agent: np.random.default_rng().random((5, 5, 3)).astype(np.float32) for agent in self.seen}
+
+    monkeypatch.setattr(Odd, "see", see)
+    first, again = (moa.open_dataset(odd("plain", data_dir=str(tmp_path)))[0] for _ in range(2))
+    assert (first["obs"] == again["obs"]).all()
+
+
+def test_ctrl_c_while_games_are_collected_is_one_line(odd, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moa, "play_randomly", stop)
+    with pytest.raises(KeyboardInterrupt):  # which ends the process with status 130
+        main(odd("list", data_dir=str(tmp_path / "new")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stopped while games were collected" in line and not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_written_to_are_one_line(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, tmp_path, tiny(data_dir=str(tmp_path / "file")), "cannot use", "choose another folder")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(stag_hunt, "collect", lambda *_, **__: pytest.fail("played in vain"))
+    refused(capsys, tmp_path, tiny(data_dir=str(tmp_path / "locked")), "cannot be written to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_model_with_nan_weights_is_refused(finished, tiny, tmp_path, capsys):
+    content = torch.load(finished / "model.pt", weights_only=True)
+    content["agent"]["encoder.heads.bias"][3] = math.nan
+    torch.save(content, tmp_path / "nan.pt")
+    refused(capsys, tmp_path, tiny(load=str(tmp_path / "nan.pt")), "weights that are not finite")
 
 
 def test_pursuit(tiny, no_pictures):
@@ -1145,7 +1279,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHON
 }  # fmt: skip
 SMALL = [
     "--env", "4p5b4x4", "--rows", "1200", "--total-timesteps", "60", "--eval-frequency", "20", "--eval-episodes", "6",
-    "--batch-size", "16", "--reference-steps", "5", "--probe-rows", "200", "--no-cuda",
+    "--batch-size", "16", "--no-cuda",
 ]  # fmt: skip
 
 
@@ -1163,8 +1297,7 @@ def test_everything_that_a_run_leaves_behind(tmp_path):
     folder = tmp_path / "runs" / "full"
     lines = re.findall(r"^\[MOA\] epoch (\d): top1=0\.\d+, top3=\d\.\d+, balanced accuracy=.*$", result.stdout, re.M)
     assert lines == ["1", "2", "3"]
-    for word in ("majority", "history Bayes", "oracle", "linear probes of z", "standard error, by game"):
-        assert word in result.stdout
+    assert "python benchmark/moa.py report runs/full" in result.stdout.splitlines()[-1]
     for epoch in (1, 2, 3):
         rows = read_table(folder / f"moa_eval_epoch{epoch}.csv")
         assert [row["subset"] for row in rows] == ["all", "NS", "NH"] and "recall hunt hare" in rows[0]
@@ -1174,17 +1307,13 @@ def test_everything_that_a_run_leaves_behind(tmp_path):
             assert float(rows[0]["top1"]) == pytest.approx((file["q"].argmax(1) == file["action"]).mean())
     about = json.loads((folder / "args.json").read_text())
     assert about["packages"]["pettingzoo"] and (folder / "pretrain_vae_moa.py").read_bytes() == SCRIPT.read_bytes()
-    (probes,) = read_table(folder / "probes.csv")
-    assert {"action", "strategy", "self's cell", "stag's cell", "latent KL"} == set(probes)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     assert {"eval/top1", "losses/policy", "losses/reconstruction", "charts/SPS"} <= set(events.Tags()["scalars"])
-    pictures = ["vae_loss_curve", "confusion_matrix", "recall_and_calibration", "latent", "reconstructions"]
-    for name in pictures:
-        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
-        assert min(pixels.shape[:2]) > 150
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
-    assert {f"images/{name}" for name in pictures} <= set(events.Tags()["images"])
+    pixels = np.asarray(Image.open(folder / "vae_loss_curve.png").convert("RGB"))
+    assert min(pixels.shape[:2]) > 150
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
+    assert "images/vae_loss_curve" in events.Tags()["images"]
     videos = list((folder / "videos").glob("*.mp4"))
     assert len(videos) == 3 and all(b"ftyp" in path.read_bytes()[:16] for path in videos)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))

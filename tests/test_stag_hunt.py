@@ -1,9 +1,8 @@
-"""Markov Stag-Hunt: its rules, PettingZoo's own tests, scalar against vectorised form, records and exact posterior."""
+"""Markov Stag-Hunt: its rules, PettingZoo's own tests, scalar against vectorised form, its records, exact posterior."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import envs  # noqa: E402, F401
 from envs import stag_hunt  # noqa: E402
+from envs.records import FIELDS, Record, check_records  # noqa: E402
 from envs.stag_hunt import (  # noqa: E402
     DOWN,
     HUNT_HARE,
@@ -31,18 +31,13 @@ from envs.stag_hunt import (  # noqa: E402
     STEPS,
     UP,
     Config,
-    Dataset,
     StagHunt,
     VectorStagHunt,
-    check_dataset,
     collect,
     commonest_shares,
     history_posterior,
-    load_dataset,
-    make_dataset,
     replay,
     rosters,
-    save_dataset,
     symmetries,
 )
 
@@ -378,15 +373,15 @@ def test_rosters(strategies):
 
 # --- records ---
 @pytest.fixture(scope="module")
-def data() -> Dataset:
+def data() -> Record:
     return collect(6_000, seed=3)
 
 
 def test_a_record_has_the_rows_that_were_asked_for(data):
-    check_dataset(data)
+    check_records(data)
     arrays = data.arrays
-    assert set(arrays) == set(stag_hunt.FIELDS) and len(arrays["action"]) == 6_000
-    assert all(values.dtype == stag_hunt.FIELDS[name][0] for name, values in arrays.items())
+    assert set(arrays) == set(FIELDS) and len(arrays["action"]) == 6_000
+    assert all(values.dtype == FIELDS[name].dtype for name, values in arrays.items())
     assert arrays["obs"].shape == (6_000, 7, 8, 8) and arrays["policy_probs"].shape == (6_000, 2, 7)
     every = np.arange(6_000)
     assert arrays["action_mask"][every, arrays["action"]].all()
@@ -444,123 +439,6 @@ def test_the_last_game_is_cut_with_all_players(data):
     assert max(latest) - min(latest) <= 1 or arrays["terminated"][last].any()
 
 
-def test_a_file_gives_back_what_was_written(data, tmp_path):
-    path = tmp_path / "new folder" / "games.npz"
-    save_dataset(path, data)
-    assert [p.name for p in path.parent.iterdir()] == ["games.npz"]  # no temporary file stays
-    loaded = load_dataset(path)
-    assert set(loaded.arrays) == set(data.arrays)
-    for name, values in data.arrays.items():
-        assert loaded.arrays[name].dtype == values.dtype and (loaded.arrays[name] == values).all()
-    assert {**data.meta, "format_version": 1}.items() <= loaded.meta.items()
-    assert set(load_dataset(path, ["action", "t"]).arrays) == {"action", "t"}
-
-
-def spoil(path, data, **changes):
-    """Write a file whose hashes fit, but whose content may not."""
-    arrays = {**data.arrays, **{name: values for name, values in changes.items() if name != "meta"}}
-    save_dataset(path, Dataset({k: v for k, v in arrays.items() if v is not None}, data.meta))
-
-
-def rewrite(path, **changes):
-    """Change fields of a file and leave its hashes as they are."""
-    with np.load(path) as file:
-        content = {name: file[name] for name in file.files}
-    np.savez_compressed(path, **{**content, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"strategy": lambda v: v + 5}, "meta names 2"),
-        ({"strategy": lambda v: np.where(v == 1, -1, v)}, "without the strategy of each row"),
-        (
-            {"policy_probs": lambda v: v[:, :, 1:]},
-            r"policy_probs of \(2, 6\) strategies and actions, \(2, 7\) expected",
-        ),
-    ],
-)
-def test_strategies_that_do_not_fit_are_refused(changes, part, data):
-    arrays = {**data.arrays, **{name: change(data.arrays[name]) for name, change in changes.items()}}
-    arrays["strategy"] = arrays["strategy"].astype(np.int8)
-    with pytest.raises(ValueError, match=part):
-        check_dataset(stag_hunt.Dataset(arrays, data.meta))
-
-
-def test_a_record_names_where_it_comes_from(data, tmp_path):
-    stag_hunt.save_dataset(tmp_path / "games.npz", data)
-    meta = stag_hunt.load_dataset(tmp_path / "games.npz").meta
-    assert meta["packages"]["numpy"] == np.__version__ and set(meta["packages"]) == {"numpy", "pettingzoo"}
-    assert meta["commit"] is None or len(meta["commit"]) == 40
-
-
-def test_forbidden_actions_are_counted(data, tmp_path):
-    wrong = np.roll(data.arrays["action_mask"], 1, axis=1)  # sliced from the wrong columns
-    forbidden = int((~wrong[np.arange(6_000), data.arrays["action"]]).sum())
-    assert forbidden > 500
-    spoil(tmp_path / "x.npz", data, action_mask=wrong)
-    with pytest.raises(ValueError, match=f"{forbidden:,} of 6,000 actions are forbidden .* wrong columns"):
-        load_dataset(tmp_path / "x.npz")
-
-
-def test_damaged_files_are_refused_with_one_line(data, tmp_path):
-    path = tmp_path / "x.npz"
-
-    def refused(match):
-        with pytest.raises(ValueError, match=match) as error:
-            load_dataset(path)
-        assert "\n" not in str(error.value) and "x.npz" in str(error.value)
-
-    refused("there is no dataset")
-    save_dataset(path, data)
-    whole = path.read_bytes()
-    for size in (0, 100, len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:size])
-        refused("truncated or damaged|Cannot load|dataset")
-    middle = len(whole) // 2
-    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
-    refused("truncated or damaged")
-    path.write_bytes(b"not a record at all")
-    refused("never unpickled|truncated or damaged")
-    np.save(path.with_suffix(".npy"), np.arange(3))
-    path.with_suffix(".npy").rename(path)
-    refused("a single array")
-    np.savez(path, obs=np.zeros(3))
-    refused("no field meta")
-    path.write_bytes(whole)
-    rewrite(path, meta=np.array(json.dumps({**data.meta, "format_version": 99})))
-    refused("format version 99, but version 1 expected")
-    path.write_bytes(whole)
-    rewrite(path, action=(data.arrays["action"] + 1) % 7)
-    refused("content of action does not have the hash")
-    path.write_bytes(whole)
-    rewrite(path, action=data.arrays["action"].astype(object))
-    refused("never unpickled")
-    for changes, match in (
-        ({"action": None}, "no field action"),
-        ({"t": data.arrays["t"][:-1]}, "t has 5,999 rows, other fields 6,000"),
-        ({"t": data.arrays["t"][::-1].copy()}, "not in the order"),
-        ({"obs": data.arrays["obs"].astype(np.float32)}, "obs is float32"),
-        ({"split": np.zeros_like(data.arrays["split"])}, "validation split has no rows"),
-        ({"split": data.arrays["split"][:-1], "roster": data.arrays["roster"][:-1],
-          "episode_seed": data.arrays["episode_seed"][:-1]}, "splits"),
-        ({"action": data.arrays["action"] - 1}, "actions from -1"),
-    ):  # fmt: skip
-        spoil(path, data, **changes)
-        refused(match)
-
-
-def test_a_pickle_is_never_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    np.savez(tmp_path / "x.npz", meta=np.array([Evil()], dtype=object), action=np.array([Evil()], dtype=object))
-    with pytest.raises(ValueError, match="never unpickled"):
-        load_dataset(tmp_path / "x.npz")
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("arguments", [{"rows": 0}, {"max_cycles": 0}, {"strategies": ("NX",)}, {"strategies": ()}])
 def test_collecting_nonsense_is_refused(arguments):
     with pytest.raises(ValueError, match="expected"):
@@ -613,7 +491,7 @@ def test_posterior_is_calibrated_and_no_ceiling_is_broken():
 def test_part_of_the_episodes_has_the_same_posterior(data):
     arrays = data.arrays
     chosen = np.isin(arrays["episode"], np.flatnonzero(arrays["split"] == 2))
-    part = Dataset({name: values[chosen] for name, values in arrays.items() if len(values) == 6_000}, data.meta)
+    part = Record({name: values[chosen] for name, values in arrays.items() if len(values) == 6_000}, data.meta)
     assert history_posterior(part) == pytest.approx(history_posterior(data)[chosen], abs=1e-12)
 
 
@@ -690,24 +568,3 @@ def test_eight_symmetries_make_a_group():
         for action, (row, column) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
             place = turn.tolist().index(4 + 3 * row + column)
             assert place == 4 + 3 * STEPS[moved[action]][0] + STEPS[moved[action]][1]
-
-
-def test_arrays_of_other_types_become_a_checked_record():
-    data = collect(200, seed=3)
-    wide = {name: values.astype(np.int64) for name, values in data.arrays.items() if values.dtype != np.float32}
-    made = make_dataset(wide, data.meta)
-    assert all(np.array_equal(values, data.arrays[name]) for name, values in made.arrays.items())
-    assert all(values.dtype == data.arrays[name].dtype for name, values in made.arrays.items())
-    with pytest.raises(ValueError, match="forbidden"):
-        make_dataset({**wide, "action_mask": 1 - wide["action_mask"]}, data.meta)
-
-
-@pytest.mark.parametrize(("name", "change", "part"), [
-    ("agent", lambda v: v + 1, "agent from 1 to 4, 0 to 3 expected"),
-    ("prev_actions", lambda v: np.where(v < 0, 99, v), "prev_actions from 0 to 99, -1 to 6 expected"),
-    ("obs", lambda v: v * 0.5, "obs holds values that uint8 cannot"),
-    ("action", lambda v: v.astype(int) + 256, "action holds values that int8 cannot"),
-])  # fmt: skip
-def test_numbers_that_a_record_cannot_hold_are_refused(name, change, part, data):
-    with pytest.raises(ValueError, match=part):
-        make_dataset({**data.arrays, name: change(data.arrays[name])}, data.meta)
