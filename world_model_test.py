@@ -43,7 +43,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -207,11 +206,8 @@ def reach(height: int, width: int) -> Tensor:
 
 
 def places(obs: Tensor, game: Game) -> Tensor:
-    """Where the entities are (B, E): row * width + column, or height * width for "gone".
-
-    Of a plane with several ones (a wrong prediction) the first counts.
-    """
-    planes = obs[:, game.entity_channels].flatten(2)
+    """Where the entities are (B, E): row * width + column, or height * width for "gone"."""
+    planes = obs[:, game.entity_channels].flatten(2)  # of one with several ones (a wrong prediction) the first counts
     return torch.where(planes.bool().any(2), planes.argmax(2), planes.shape[2])
 
 
@@ -238,17 +234,16 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | 
         train = collect(args, config, args.rows, args.seed)
         return train, collect(args, config, args.test_rows, 1_000_000 + args.seed), config
     columns, config = read_columns(Path(args.data)), None
-    if "meta" in columns:  # a record of games, whose test split has games of its own
+    if "meta" in columns:
         columns, config = read_record(Path(args.data))
-        whole = to_transitions(columns, args.data)
+    whole = to_transitions(columns, args.data)
+    names = whole.episode.unique()
+    held_out = torch.isin(whole.episode, names[len(names) - len(names) // 5 :])  # the last fifth of the games
+    if "split" in columns:  # a record, whose test split has games of its own
         held_out = torch.from_numpy(columns["split"] == 2)[whole.episode]
-    else:  # the last fifth of the games
-        whole = to_transitions(columns, args.data)
-        names = whole.episode.unique()
-        held_out = torch.isin(whole.episode, names[len(names) - len(names) // 5 :])
-        if not held_out.any():
-            few = f"too few to hold out a fifth of its {len(names)} games"
-            raise ValueError(f"{args.data} has {len(whole.obs)} rows: {few}")
+    if not held_out.any():
+        few = f"too few to hold out a fifth of its {len(names)} games"
+        raise ValueError(f"{args.data} has {len(whole.obs)} rows: {few}")
     return whole.select(~held_out), whole.select(held_out), config
 
 
@@ -416,9 +411,8 @@ class WorldModel(nn.Module):
         else:
             own = self.game.entity_channels if self.kind == "entity" else []  # they have places instead
             planes = [channel for channel in range(target.shape[1]) if channel not in own]
-            error = F.binary_cross_entropy_with_logits(
-                prediction.planes[:, planes], target[:, planes], reduction="none"
-            )
+            logits, cells = prediction.planes[:, planes], target[:, planes]
+            error = F.binary_cross_entropy_with_logits(logits, cells, reduction="none")
             frame = error.flatten(1).sum(1).mean()
             if prediction.entities is not None:
                 frame = frame + nll(prediction.entities, places(batch.next_obs, self.game))
@@ -448,10 +442,7 @@ RULES = ("duplicated", "jumped", "vanished", "stayed", "reappeared", "in an obst
 
 
 def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward.
-
-    Frames are uint8, rewards (B, n).
-    """
+    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward."""
     n, now, after = game.players, obs.flatten(2).bool(), next_obs.flatten(2).bool()  # (B, C, H W)
     players, next_players = now[:, :n], after[:, :n]
     was, there, near = players.any(2), next_players.any(2), reach(game.height, game.width)
@@ -591,8 +582,9 @@ def evaluate(model: WorldModel | Foreign, data: Transitions, game: Game) -> dict
 
 
 def measure(
-    model: WorldModel | Foreign, game: Game, train: Transitions, test: Transitions, args: Args, limit: float
-) -> dict[str, Any]:
+    model: WorldModel | Foreign, game: Game, train: Transitions, test: Transitions, args: Args,
+    config: stag_hunt.Config | None,
+) -> dict[str, Any]:  # fmt: skip
     """The whole test, beside a copied frame, the training data's mean, and the truth, which must break no rule."""
     ours = isinstance(model, WorldModel)
     draws = ours and model.kind != "mse"
@@ -607,6 +599,8 @@ def measure(
     def mean(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         return mean_frame.expand(obs.shape), mean_rewards.expand(actions.shape)
 
+    some = test.spread(300)
+    limit = config.limit(some.obs.numpy(), some.actions.numpy()) if config else 1.0
     result: dict[str, Any] = {"rows": len(test.obs), "limit": limit}
     for name, expected in {"values": model.expected, "values_copy": copy, "values_mean": mean}.items():
         result[name] = measure_values(expected, test)
@@ -683,18 +677,16 @@ def main(args: Args) -> Path:
         step, name = args.total_timesteps, args.load or f"{args.model}, {args.action_input}"
 
         def final_test() -> None:
-            some = test.spread(300)
-            limit = config.limit(some.obs.numpy(), some.actions.numpy()) if config else 1.0
-            result = measure(model, game, train, test, args, limit)
+            result = measure(model, game, train, test, args, config)
             run.say(report(result, game, name))
             text = json.dumps(result, indent=1).encode()
             write_atomically(run.folder / "metrics.json", lambda file: file.write(text))
             run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
 
         def draw() -> None:
-            some = torch.randperm(len(test.obs), generator=torch.Generator().manual_seed(0))
+            some = torch.randperm(len(test.obs), generator=torch.Generator().manual_seed(0))[:8]
             for kind, rows in {"worst": worst(game, model.predict, test), "random": some}.items():
-                batch = test.select(rows[:8])
+                batch = test.select(rows)
                 figure = draw_transitions(game, batch, *model.predict(batch.obs, batch.actions))
                 run.log_figure(step, f"transitions_{kind}", figure)
 
@@ -836,18 +828,14 @@ def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
             frame, _ = foreign.expected(batch.obs, batch.actions)
             least, most = min(least, float(frame.min())), max(most, float(frame.max()))
         if least < 0.0 or most > 1.0:
-            text = (
-                f"warning: {name} returned next_obs from {least:.4g} to {most:.4g}, outside of [0, 1]: cells above 0.5 "
-            )
-            print(text + "count as ones, so logits need a sigmoid, and 0 to 255 a division", file=sys.stderr)
+            cure = "cells above 0.5 count as ones, so logits need a sigmoid, and 0 to 255 a division"
+            found = f"{name} returned next_obs from {least:.4g} to {most:.4g}, not in [0, 1]"
+            print(f"warning: {found}; {cure}", file=sys.stderr)
         return foreign
     try:
         content = torch.load(name, map_location="cpu", weights_only=True)
-        args, own, state = (
-            Args(**json.loads(content["arguments"])),
-            Game(**json.loads(content["game"])),
-            content["agent"],
-        )
+        args, own = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
+        state = content["agent"]
         if (own.height, own.width) != (game.height, game.width):  # what belongs to a board's size is for training only
             args.contrastive_coef = 0.0
             state = {key: value for key, value in state.items() if not key.startswith(("query.", "key."))}
@@ -977,14 +965,14 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
 
 
 def worst(game: Game, predict: Predict, data: Transitions) -> Tensor:
-    """All rows: first those whose predicted frame breaks a rule, then those that are wrong, by their wrong cells."""
+    """The eight worst rows: first those that break a rule, then those that are wrong, by the number of wrong cells."""
     scores = []
     for batch in data.batches():
         frame, rewards = predict(batch.obs, batch.actions)
         broken = violations(game, batch.obs, batch.actions, frame, rewards)["any"]
         mispaid = ((rewards - batch.rewards).abs() > game.same_reward).any(1)
         scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + mispaid)
-    return torch.cat(scores).argsort(descending=True, stable=True)
+    return torch.cat(scores).argsort(descending=True, stable=True)[:8]
 
 
 def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tensor) -> Figure:
@@ -1021,6 +1009,7 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
 
 def film_open_loop(game: Game, predict: Predict, data: Transitions, folder: Path) -> list[Path]:
     """Write mp4 videos of roll-outs that see predicted frames only, beside the truth: of the three longest views."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 
     folder.mkdir(exist_ok=True)
@@ -1040,7 +1029,7 @@ def film_open_loop(game: Game, predict: Predict, data: Transitions, folder: Path
     return paths
 
 
-# --- same text in every script: run folder, logging, checkpoints (home: hyar_td3.py; see make sync) ---
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: its text is for the user."""
 
