@@ -73,7 +73,7 @@ MOA = "--rows 400 --max-cycles 12 --total-timesteps 150 --eval-frequency 40 --ba
 WORLD = (
     "--rows 1500 --test-rows 500 --total-timesteps 300 --eval-frequency 70 --batch-size 32 --checkpoint-frequency 40"
 )
-WORLD += " --eval-episodes 100"
+WORLD += " --eval-episodes 5"
 CASES = [
     # Long enough for 1,000 episodes, after which the VAE is trained further; updates begin late, to be quick.
     Case("hyar-platform", "hyar_td3", f"{HYAR} --env Platform-v0 --total-timesteps 4500 --learning-starts 3900 "
