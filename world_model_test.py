@@ -21,7 +21,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import math
@@ -463,9 +462,8 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         else:
             prey_wrong |= (next_prey != left).any(1)
     more_stags = after[:, n + 1].sum(1) > now[:, n + 1].sum(1)
-    unpaid = torch.zeros_like(rewards)
-    if game.pays:
-        unpaid = (rewards[:, :, None] - torch.tensor(sorted(game.pays.values()))).abs().amin(2)
+    legal = torch.tensor(sorted(game.pays.values()))
+    unpaid = (rewards[:, :, None] - legal).abs().amin(2) if game.pays else torch.zeros_like(rewards)
     result = {
         "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
         "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
@@ -696,8 +694,7 @@ def main(args: Args) -> Path:
         run.unless_stopped(final_test)  # a resumed run makes it again
         if run.signal:
             run.stop()
-        extras = [draw, film] if args.capture_video else [draw]
-        run.finish(step, {}, *extras)
+        run.finish(step, {}, *((draw, film) if args.capture_video else (draw,)))
     print(f"all figures and pictures: {run.folder}")
     return run.folder
 
