@@ -15,10 +15,13 @@ https://arxiv.org/abs/1807.03748
 Docs: docs/world_model_test.md
 """
 
+from __future__ import annotations
+
 import contextlib
+import errno
+import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -35,7 +38,6 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,8 +47,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone still tests on data of one's own
-    from envs import stag_hunt
+with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone trains and tests on data of one's own
+    from envs import records, stag_hunt
 
 with contextlib.suppress(ModuleNotFoundError):  # not on Windows
     import fcntl
@@ -88,12 +90,20 @@ class Args:
     # Algorithm specific arguments
     env_id: Annotated[Literal["4p5b8x8", "4p6b8x8", "4p5b4x4"], tyro.conf.arg(aliases=["--env"])] = "4p5b8x8"
     """the stag hunt that is collected: players, beasts and board"""
-    max_cycles: int = 35
-    """the limit of the collected games, in steps"""
-    stag_moves: bool = False
-    """if toggled, stags move at random, so that no model can be right always"""
+    total_timesteps: int = 8_000
+    """gradient steps"""
+    size: int | None = None
+    """cells along a side of the board (default: as --env says)"""
+    n_stags: int | None = None
+    """stags (default: as --env says)"""
+    n_hares: int | None = None
+    """hares (default: as --env says)"""
     n_blocks: int = 0
     """obstacles of the collected games"""
+    stag_moves: bool = False
+    """if toggled, stags move at random, so that no model can be right always"""
+    max_cycles: int = 35
+    """the limit of the collected games, in steps"""
     rows: int = 40_000
     """transitions to collect for training"""
     test_rows: int = 50_000
@@ -102,8 +112,6 @@ class Args:
     """train and test on this file instead: a record of games, or an npz with obs, actions, rewards and next_obs"""
     load: str | None = None
     """test this model instead of training one: a model.pt of this script, or `module:function`"""
-    total_timesteps: int = 8_000
-    """gradient steps"""
     model: Literal["mse", "cell", "entity"] = "entity"
     """what is predicted: numbers, or probabilities, of planes and cells; or a place for each player and the stag"""
     action_input: Literal["painted", "planes"] = "painted"
@@ -125,189 +133,120 @@ class Args:
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
-RECORD_FIELDS = ("obs", "joint_action", "rewards", "next_obs", "episode", "agent", "t", "split")  # what is read of it
+HUNT_STAG, HUNT_HARE = 5, 6  # actions of Markov Stag-Hunt
 
 
 class Game(NamedTuple):
-    """Sizes of a game, every reward that its training data hold, and all that it can pay, where that is known.
-
-    `stag_moves`: stags go at random.
-    """
+    """Sizes of a game, and what it pays."""
 
     players: int
     height: int
     width: int
     actions: int
-    reward_values: list[float]
+    reward_values: list[float]  # in the training data
     single_stag: bool = True
-    legal_rewards: list[float] = []  # noqa: RUF012  (never changed)
+    pays: dict[str, float] = {}  # all rewards there are, by what they are for; empty: not known  # noqa: RUF012
+    same_reward: float = 0.02  # rewards that are as near are the same: a regression's rounding is no violation
     stag_moves: bool = False
 
     @property
-    def channels(self) -> int:
-        """Planes of a frame: the players, obstacles, stags, hares."""
-        return self.players + 3
-
-    @property
     def channel_names(self) -> list[str]:
-        """Names of the planes, ego first."""
+        """Names of a frame's planes, ego first."""
         return ["self", *[f"other {i}" for i in range(1, self.players)], "obstacles", "stag", "hare"]
 
     @property
     def entity_channels(self) -> list[int]:
         """The planes of what is in one place at most: the players, and the stag if there is only one."""
-        return [*range(self.players), *[self.players + 1] * self.single_stag]
-
-    @property
-    def cells(self) -> int:
-        """Cells of the board; as a place it means "gone"."""
-        return self.height * self.width
-
-    @property
-    def reach(self) -> Tensor:
-        """Whether an entity that is at a place (first index) can be at another one step later; "gone" is for good."""
-        cells = torch.cartesian_prod(torch.arange(self.height), torch.arange(self.width)).float()
-        near = torch.cdist(cells, cells, p=1.0) <= 1.0
-        return F.pad(F.pad(near, (0, 0, 0, 1), value=False), (0, 1), value=True)
+        return list(range(self.players)) + ([self.players + 1] if self.single_stag else [])
 
 
 class Transitions(NamedTuple):
     """Rows: frames (N, C, H, W) uint8, joint actions (N, n) int64 (-1: gone), rewards (N, n), next frames.
 
-    Neighbouring rows of the same `game` (N,) are what one player sees of it, step after step; `t` (N,) is the step.
+    Neighbouring rows of the same `view` (N,) are what one player sees of a game, step `t` (N,) after step.
     """
 
     obs: Tensor
     actions: Tensor
     rewards: Tensor
     next_obs: Tensor
-    game: Tensor
+    episode: Tensor
+    view: Tensor
     t: Tensor
 
-    def select(self, rows: Tensor) -> "Transitions":
+    def select(self, rows: Tensor) -> Transitions:
         """Some rows."""
         return Transitions(*[value[rows] for value in self])
 
-    def spread(self, count: int) -> "Transitions":
+    def spread(self, count: int) -> Transitions:
         """So many rows (or all, if there are fewer), evenly apart."""
         return self.select(torch.linspace(0, len(self.obs) - 1, min(count, len(self.obs))).long())
 
-    def to(self, device: torch.device) -> "Transitions":
+    def games(self, count: int) -> Transitions:
+        """All rows of so many games (or of all, if there are fewer), evenly apart."""
+        names = self.episode.unique()
+        chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).long()
+        return self.select(torch.isin(self.episode, names[chosen]))
+
+    def to(self, device: torch.device) -> Transitions:
         """The same rows on a device."""
         return Transitions(*[value.to(device) for value in self])
 
-    def batches(self) -> Iterator["Transitions"]:
+    def batches(self) -> Iterator[Transitions]:
         """All rows, in parts that fit into any memory."""
         return (self.select(rows) for rows in torch.arange(len(self.obs)).split(2_000))
 
 
+def reach(height: int, width: int) -> Tensor:
+    """Whether an entity that is at a place (first index) can be at another one step later; "gone" is for good."""
+    cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    near = torch.cdist(cells, cells, p=1.0) <= 1.0
+    return F.pad(F.pad(near, (0, 0, 0, 1), value=False), (0, 1), value=True)
+
+
 def places(obs: Tensor, game: Game) -> Tensor:
-    """Where the entities are (B, E): row * width + column, or height * width for "gone".
-
-    Of a plane with several ones (a wrong prediction) the first counts.
-    """
-    planes = obs[:, game.entity_channels].flatten(2)
-    return torch.where(planes.bool().any(2), planes.argmax(2), game.cells)
+    """Where the entities are (B, E): row * width + column, or height * width for "gone"."""
+    planes = obs[:, game.entity_channels].flatten(2)  # of one with several ones (a wrong prediction) the first counts
+    return torch.where(planes.bool().any(2), planes.argmax(2), planes.shape[2])
 
 
-GAME_IDS = ("episode", "agent", "t")  # which game and player a row is of, and when
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file. Raises ValueError with one line."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # a damaged file raises nearly anything
-        pickled = "; it holds Python objects, which can run code" * ("allow_pickle" in str(error))
-        raise ValueError(f"{path} is missing, damaged or no npz file ({type(error).__name__}{pickled})") from None
-
-
-def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
-    """Check and convert the columns of a plain file or of a record of games. Raises ValueError with one line."""
-    columns = {"actions": columns.get("joint_action"), **columns}
-    needed = ("obs", "actions", "rewards", "next_obs")
-    missing = [key for key in needed if columns.get(key) is None]
-    if missing:
-        raise ValueError(f"{name} has no {', '.join(missing)}; {', '.join(needed)} are needed")
-    obs, actions, rewards, next_obs = (columns[key] for key in needed)
-    fits = actions.ndim == 2 and obs.ndim == 4 and len(obs) == len(actions)
-    fits = fits and rewards.shape == actions.shape and next_obs.shape == obs.shape
-    if not (fits and actions.shape[1] + 3 in obs.shape[1::2]):
-        shapes = ", ".join(f"{key} {columns[key].shape}" for key in needed)
-        raise ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
-    if not all(values.dtype.kind in "biuf" for values in (obs, actions, rewards, next_obs)):
-        raise ValueError(f"{name}: numbers expected in {', '.join(needed)}")
-    players = actions.shape[1]
-    if obs.shape[1] != players + 3:  # channels last
-        obs, next_obs = np.moveaxis(obs, 3, 1), np.moveaxis(next_obs, 3, 1)
-    whole = (actions >= -1) & (actions < 1_000) & (actions == np.floor(actions))
-    problems = {"rewards that are not finite": ~np.isfinite(rewards).all(1)}
-    problems["actions that are not whole numbers from -1 (gone) on"] = ~whole.all(1)
-    for key, value in (("obs", obs), ("next_obs", next_obs)):
-        problems[f"other values than 0 and 1 in {key}"] = ~np.isin(value, (0, 1)).all((1, 2, 3))
-        problems[f"a player's plane with two ones in it in {key}"] = (value[:, :players].sum((2, 3)) > 1).any(1)
-    for problem, rows in problems.items():
-        if rows.any():
-            raise ValueError(f"{name}: {rows.sum()} rows have {problem}")
-    game, t = np.arange(len(obs)), np.zeros(len(obs))
-    if set(GAME_IDS) <= set(columns):
-        changes = np.diff([columns[key].astype(np.int64) for key in GAME_IDS])
-        game[1:], t = (changes != [[0], [0], [1]]).any(0).cumsum(), columns["t"]
-    values = (obs, actions, rewards, next_obs, game, t)
-    types = (np.uint8, np.int64, np.float32, np.uint8, np.int64, np.int64)
-    return Transitions(*[torch.from_numpy(v.astype(kind, order="C")) for v, kind in zip(values, types, strict=True)])
-
-
-def collect(args: Args, config: "stag_hunt.Config", rows: int, seed: int) -> Transitions:
-    """Games of Markov Stag-Hunt between scripted and random players; cached under data/. Raises OSError."""
-    kind = f"{args.env_id}{'_moving' * args.stag_moves}{f'_{args.n_blocks}blocks' * bool(args.n_blocks)}"
+def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Transitions:
+    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError, OSError."""
+    usual, rules = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id])._asdict(), config._asdict()
+    kind = args.env_id + "".join(f"_{name}{value}" for name, value in rules.items() if value != usual[name])
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
     if not path.exists():
         print(f"collecting {rows:,} transitions into {path}")
-        stag_hunt.save_dataset(path, stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed))
-    return to_transitions(stag_hunt.load_dataset(path, RECORD_FIELDS).arrays, str(path))
+        games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
+        records.save_records(path, games)
+    arrays, meta = records.read_records(path, RECORD_FIELDS)
+    if meta["env_kwargs"] != {**rules, "max_cycles": args.max_cycles} or len(arrays["obs"]) != rows:
+        raise ValueError(f"{path} does not hold the games that its name says; remove it, and they are collected anew")
+    return to_transitions(arrays, str(path))
 
 
-def find_data(args: Args) -> tuple[Transitions, Transitions, "stag_hunt.Config | None"]:
+def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | None]:
     """Training and test transitions, and the game's rules, where they are known. Raises ValueError with one line."""
-    columns = {} if args.data is None else read_columns(Path(args.data))
-    record, config = "meta" in columns, None
-    if "stag_hunt" not in globals() and (args.data is None or record):
-        raise ValueError("envs/stag_hunt.py is not here to collect or read games with; pass --data FILE, a plain npz")
-    if args.data and (args.stag_moves or args.n_blocks):
-        raise ValueError("--stag-moves and --n-blocks are for games that are collected here; leave them out")
     if args.data is None:
-        config = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id], n_blocks=args.n_blocks, stag_moves=args.stag_moves)
-        try:
-            parts = (args.rows, args.seed), (args.test_rows, 1_000_000 + args.seed)
-            return *[collect(args, config, *part) for part in parts], config
-        except OSError as error:
-            raise ValueError(f"cannot write {error.filename}: {error.strerror}; go to a folder of your own") from None
-    held_out, few = None, ": too few to hold out a test"
-    if record:  # of games: the test split has games of its own
-        columns, meta = stag_hunt.load_dataset(Path(args.data), RECORD_FIELDS)
-        held_out = columns["split"][columns["episode"]] == 2
-        rules = {key: value for key, value in meta.get("env_kwargs", {}).items() if key in stag_hunt.Config._fields}
-        config = stag_hunt.Config(**rules) if rules else None  # else it is another game's
-    elif set(GAME_IDS) <= set(columns):  # rows are put in order; the last fifth of the games is held out
-        for key in GAME_IDS:
-            if columns[key].shape != columns[GAME_IDS[0]].shape[:1] or columns[key].dtype.kind not in "iu":
-                raise ValueError(f"{args.data}: a whole number in each row of {', '.join(GAME_IDS)} expected")
-        order = np.lexsort([columns[key] for key in reversed(GAME_IDS)])
-        columns = {k: values[order] if values.shape[:1] == order.shape else values for k, values in columns.items()}
-        games = np.unique(columns["episode"])
-        held_out = np.isin(columns["episode"], games[len(games) - len(games) // 5 :])
-        few = f" of {len(games)} games: too few to hold out a fifth; leave out episode"
+        sizes = {name: getattr(args, name) for name in ("size", "n_stags", "n_hares", "n_blocks", "stag_moves")}
+        config = stag_hunt.Config(**{**stag_hunt.PRESETS[args.env_id], **sizes}).check()
+        train = collect(args, config, args.rows, args.seed)
+        return train, collect(args, config, args.test_rows, 1_000_000 + args.seed), config
+    columns, config = read_columns(Path(args.data)), None
+    if "meta" in columns:
+        columns, config = read_record(Path(args.data))
     whole = to_transitions(columns, args.data)
-    if held_out is None:  # if rows are in order, the last fifth has games of its own, but for one
-        held_out = np.arange(len(whole.obs)) >= len(whole.obs) - len(whole.obs) // 5
+    names = whole.episode.unique()
+    held_out = torch.isin(whole.episode, names[len(names) - len(names) // 5 :])  # the last fifth of the games
+    if "split" in columns:  # a record, whose test split has games of its own
+        held_out = torch.from_numpy(columns["split"] == 2)[whole.episode]
     if not held_out.any():
-        raise ValueError(f"{args.data} has {len(held_out)} rows{few}")
-    return whole.select(torch.from_numpy(~held_out)), whole.select(torch.from_numpy(held_out)), config
+        few = f"too few to hold out a fifth of its {len(names)} games"
+        raise ValueError(f"{args.data} has {len(whole.obs)} rows: {few}")
+    return whole.select(~held_out), whole.select(held_out), config
 
 
-# Networks ------------------------------------------------------------------------------------------------------------
+# Model ---------------------------------------------------------------------------------------------------------------
 class Prediction(NamedTuple):
     """What a model says of a batch; which fields are there depends on `--model`.
 
@@ -331,25 +270,32 @@ def pick(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(shares, 1, generator=generator).view(logits.shape[:-1]).to(logits.device)
 
 
+def nll(logits: Tensor, value: Tensor) -> Tensor:
+    """Negative log-likelihood of values (B, K) under logits (B, K, V), summed over K, averaged over the batch."""
+    error = F.cross_entropy(logits.flatten(0, 1), value.flatten(), reduction="none")
+    return error.view(value.shape).sum(1).mean()
+
+
 class WorldModel(nn.Module):
-    """Frame (B, C, H, W) and joint action (B, n) -> next frame and rewards.
+    """Frame (B, C, H, W) and joint action (B, n) -> next frame and rewards; with its optimizer and update.
 
     A 3 x 3 convolution and a 1 x 1 convolution give each cell its features. What happens to a cell is read there; who
-    leaves, and what is paid, from features and inputs at the entity's own cell.
+    leaves, and what is paid, from features and inputs at the entity's own cell. So it fits boards of any size, but for
+    the contrastive term's two projections.
     """
 
     def __init__(self, game: Game, args: Args) -> None:
         """`args` names the kind of prediction and the sizes."""
         super().__init__()
-        self.game, self.kind, self.painted, self.masked = game, args.model, args.action_input == "painted", args.mask
-        hidden, n = args.hidden_dim, game.players
-        inputs = game.channels + n * game.actions + 1
+        self.game, self.args, self.kind, self.painted = game, args, args.model, args.action_input == "painted"
+        hidden, n, channels = args.hidden_dim, game.players, game.players + 3
+        inputs = channels + n * game.actions + 1
         layers = [nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU()]
         for _ in range(args.num_layers - 1):
             layers += [nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.Conv2d(hidden, hidden, 1), nn.ReLU())
         entities = len(game.entity_channels) if self.kind == "entity" else 0
-        self.cell_head = nn.Conv2d(hidden, game.channels + entities, 1)
+        self.cell_head = nn.Conv2d(hidden, channels + entities, 1)
         here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
         if entities:
             # An output for each own action, which all players share, and one for the stag.
@@ -358,52 +304,58 @@ class WorldModel(nn.Module):
         next_state, values = (0, 1) if self.kind == "mse" else (n + 2, len(game.reward_values))
         self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
         if args.contrastive_coef > 0.0:
-            self.query = nn.Linear(hidden * game.cells, 64)
-            convolution = nn.Conv2d(game.channels, 32, 3, padding=1)
-            self.key = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(32 * game.cells, 64))
-        self.register_buffer("reach", game.reach, persistent=False)
+            cells = game.height * game.width
+            self.query = nn.Linear(hidden * cells, 64)
+            convolution = nn.Conv2d(channels, 32, 3, padding=1)
+            self.key = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(32 * cells, 64))
         self.register_buffer("values", torch.tensor(game.reward_values), persistent=False)
+        self.register_buffer("reach", reach(game.height, game.width), persistent=False)
         self.to(memory_format=torch.channels_last)  # the convolutions are faster so
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=args.learning_rate, fused=True)
 
     def inputs(self, obs: Tensor, acts: Tensor, where: Tensor) -> Tensor:
         """Planes of frames (B, C, H, W), of one-hot actions (B, n, A), and of ones; `where` (B, E) are the places."""
-        game = self.game
+        height, width = obs.shape[2:]
         if self.painted:
-            cells = F.one_hot(where[:, : game.players], game.cells + 1)[..., :-1].float()  # (B, n, H W)
+            cells = F.one_hot(where[:, : self.game.players], height * width + 1)[..., :-1].float()  # (B, n, H W)
         else:
-            cells = torch.ones(*acts.shape[:2], game.cells, device=obs.device)
-        action_planes = (acts[..., None] * cells[:, :, None]).view(len(obs), -1, game.height, game.width)
+            cells = torch.ones(*acts.shape[:2], height * width, device=obs.device)
+        action_planes = (acts[..., None] * cells[:, :, None]).view(len(obs), -1, height, width)
         inside = torch.ones_like(action_planes[:, :1])  # tells the border from a free cell
         return torch.cat((obs.float(), action_planes, inside), 1)
 
-    def at(self, features: Tensor, where: Tensor) -> Tensor:
+    @staticmethod
+    def at(features: Tensor, where: Tensor) -> Tensor:
         """Features (B, E, hidden) of the cells `where` (B, E); zeros for who is gone."""
-        index = where.clamp_max(self.game.cells - 1)[:, None].expand(-1, features.shape[1], -1)
-        return features.flatten(2).gather(2, index).transpose(1, 2) * (where < self.game.cells)[:, :, None]
+        features = features.flatten(2)
+        cells = features.shape[2]
+        index = where.clamp_max(cells - 1)[:, None].expand(-1, features.shape[1], -1)
+        return features.gather(2, index).transpose(1, 2) * (where < cells)[:, :, None]
 
     def forward(
         self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Prediction:
         """The prediction. Rewards are read off `next_obs`, or, without it, off the predicted (drawn) frame."""
-        game, n = self.game, self.game.players
-        where = places(obs, game)
+        game, n, where = self.game, self.game.players, places(obs, self.game)
         acts = (F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]).float()  # (B, n, A)
         inputs = self.inputs(obs, acts, where)
         features = self.trunk(inputs)
         cells = self.cell_head(features)
-        planes, entities = cells[:, : game.channels], None
+        planes, entities = cells[:, : n + 3], None
         own = torch.cat((self.at(features, where), self.at(inputs, where)), 2)
         if self.kind == "entity":
             gone = self.gone_head(own)
             gone = torch.cat(((gone[:, :n, :-1] * acts).sum(2), gone[:, n:, -1]), 1)
-            entities = torch.cat((cells[:, game.channels :].flatten(2), gone[:, :, None]), 2)
-            if self.masked:
+            entities = torch.cat((cells[:, n + 3 :].flatten(2), gone[:, :, None]), 2)
+            if self.args.mask:
                 entities = entities.masked_fill(~self.reach[where], -math.inf)
-        # Each player has outputs of its own, so that the head need not find out whose cell it reads.
-        own, next_obs = own[:, :n], self.frame(planes, entities, generator) if next_obs is None else next_obs
+        own = own[:, :n]
+        if next_obs is None:
+            next_obs = self.frame(planes, entities, generator)
         if self.kind != "mse":
-            gone = (places(next_obs, game)[:, :n] == game.cells).float()[:, None].expand(-1, n, -1)
+            gone = (~next_obs[:, :n].bool().flatten(2).any(2)).float()[:, None].expand(-1, n, -1)
             own = torch.cat((own, gone, self.at(next_obs[:, -2:].float(), where[:, :n])), 2)
+        # Each player has outputs of its own, so that the head need not find out whose cell it reads.
         rewards = self.reward_head(own).unflatten(2, (n, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
         return Prediction(planes, entities, next_obs, rewards[..., 0] if self.kind == "mse" else rewards, features)
 
@@ -417,7 +369,7 @@ class WorldModel(nn.Module):
         else:
             frame = torch.rand(planes.shape, generator=generator).to(planes.device) < torch.sigmoid(planes)
         if entities is not None:
-            one_hot = F.one_hot(pick(entities, generator), self.game.cells + 1)[..., :-1]
+            one_hot = F.one_hot(pick(entities, generator), entities.shape[2])[..., :-1]
             frame[:, self.game.entity_channels] = one_hot.unflatten(2, frame.shape[2:]).bool()
         return frame.to(torch.uint8)
 
@@ -440,52 +392,35 @@ class WorldModel(nn.Module):
             planes[:, self.game.entity_channels] = shares.unflatten(2, planes.shape[2:])
         return planes.cpu(), rewards.cpu()
 
-
-# Learning ------------------------------------------------------------------------------------------------------------
-class Learner:
-    """The model, its one optimizer, and the update, which takes a batch, does one step, returns detached tensors."""
-
-    def __init__(self, args: Args, game: Game, device: torch.device) -> None:
-        """Build everything from the game's sizes."""
-        self.args, self.game, self.device = args, game, device
-        self.model = WorldModel(game, args).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
+    def similarity(self, features: Tensor, next_obs: Tensor) -> Tensor:
+        """How well each (frame, joint action) goes with each next frame (B, B), as InfoNCE's logits."""
+        query = F.normalize(self.query(features.flatten(1)), dim=1)
+        key = F.normalize(self.key(next_obs.float()), dim=1)
+        return query @ key.T / 0.1
 
     def losses(self, batch: Transitions) -> dict[str, Tensor]:
         """The parts of the loss: frame, reward and, where it is asked for, the contrastive term.
 
         The frame's is summed over a frame and averaged over the batch: a negative log-likelihood in nats, or squares.
         """
-        game, model = self.game, self.model
-        prediction, target = model(batch.obs, batch.actions, batch.next_obs), batch.next_obs.float()
-
-        def nll(logits: Tensor, value: Tensor) -> Tensor:
-            """Of logits (B, K, V) and values (B, K)."""
-            error = F.cross_entropy(logits.flatten(0, 1), value.flatten(), reduction="none")
-            return error.view(value.shape).sum(1).mean()
-
-        if model.kind == "mse":
+        prediction, target = self(batch.obs, batch.actions, batch.next_obs), batch.next_obs.float()
+        if self.kind == "mse":
             frame = (prediction.planes - target).square().flatten(1).sum(1).mean()
             reward = (prediction.rewards - batch.rewards).square().sum(1).mean()
         else:
-            planes = [c for c in range(game.channels) if model.kind == "cell" or c not in game.entity_channels]
+            own = self.game.entity_channels if self.kind == "entity" else []  # they have places instead
+            planes = [channel for channel in range(target.shape[1]) if channel not in own]
             logits, cells = prediction.planes[:, planes], target[:, planes]
             error = F.binary_cross_entropy_with_logits(logits, cells, reduction="none")
             frame = error.flatten(1).sum(1).mean()
             if prediction.entities is not None:
-                frame = frame + nll(prediction.entities, places(batch.next_obs, game))
-            reward = nll(prediction.rewards, (batch.rewards[:, :, None] - model.values).abs().argmin(2))
+                frame = frame + nll(prediction.entities, places(batch.next_obs, self.game))
+            reward = nll(prediction.rewards, (batch.rewards[:, :, None] - self.values).abs().argmin(2))
         result = {"frame": frame, "reward": reward}
         if self.args.contrastive_coef > 0.0:
             similarity = self.similarity(prediction.features, batch.next_obs)
-            result["contrastive"] = F.cross_entropy(similarity, torch.arange(len(similarity), device=self.device))
+            result["contrastive"] = F.cross_entropy(similarity, torch.arange(len(similarity), device=target.device))
         return result
-
-    def similarity(self, features: Tensor, next_obs: Tensor) -> Tensor:
-        """How well each (frame, joint action) goes with each next frame (B, B), as InfoNCE's logits."""
-        query = F.normalize(self.model.query(features.flatten(1)), dim=1)
-        key = F.normalize(self.model.key(next_obs.float()), dim=1)
-        return query @ key.T / 0.1
 
     def update(self, batch: Transitions, progress: float = 0.0) -> dict[str, Tensor]:
         """One step on the sum of the losses; `progress` in [0, 1] lets the learning rate fall to 0."""
@@ -502,28 +437,15 @@ class Learner:
 
 # Testing -------------------------------------------------------------------------------------------------------------
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, joint actions -> next frames, rewards
-HUNT_STAG, HUNT_HARE = 5, 6  # actions of Markov Stag-Hunt
-SAME_REWARD = 0.02  # a regression's rounding is no violation; the game's rewards are at least 0.08 apart
-MOST_REWARDS = 100  # more values than that are no rule of a game
 RULES = ("duplicated", "jumped", "vanished", "stayed", "reappeared", "in an obstacle", "prey", "obstacles", "reward")
 
 
-def same_reward(game: Game) -> float:
-    """Rewards are the same within this: `SAME_REWARD`, or a quarter of the least gap between those that are paid."""
-    gaps = np.diff(game.legal_rewards)
-    apart = gaps[gaps > 1e-5 * np.abs(game.legal_rewards).max(initial=0.0)]  # not by rounding alone
-    return min(SAME_REWARD, float(apart.min(initial=math.inf)) / 4.0)
-
-
 def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward.
-
-    Frames are uint8, rewards (B, n).
-    """
+    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward."""
     n, now, after = game.players, obs.flatten(2).bool(), next_obs.flatten(2).bool()  # (B, C, H W)
     players, next_players = now[:, :n], after[:, :n]
-    was, there = players.any(2), next_players.any(2)
-    far = ~game.reach[places(obs, game)[:, :n], :-1]  # (B, n, H W)
+    was, there, near = players.any(2), next_players.any(2), reach(game.height, game.width)
+    far = ~near[places(obs, game)[:, :n], :-1]  # (B, n, H W)
     together = (players[:, :, None] & players[:, None]).any(3)  # (B, n, n)
     hunters = (together & (actions == HUNT_STAG)[:, None]).sum(2)
     caught, prey_wrong = torch.zeros_like(was), torch.zeros_like(was[:, 0])
@@ -534,13 +456,14 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         caught |= catches
         left = prey & ~hunted
         if game.stag_moves and channel == n + 1:  # each is within a step, not in an obstacle nor on a hare
-            near = left.float() @ game.reach[:-1, :-1].float() > 0.0
-            wrong = next_prey & (~near | now[:, n] | after[:, n + 2])
+            within_a_step = left.float() @ near[:-1, :-1].float() > 0.0
+            wrong = next_prey & (~within_a_step | now[:, n] | after[:, n + 2])
             prey_wrong |= wrong.any(1) | (left.sum(1) != next_prey.sum(1))
         else:
             prey_wrong |= (next_prey != left).any(1)
-    more_stags, legal = after[:, n + 1].sum(1) > now[:, n + 1].sum(1), torch.tensor(game.legal_rewards)
-    unpaid = torch.zeros_like(rewards) if not len(legal) else (rewards[:, :, None] - legal).abs().amin(2)
+    more_stags = after[:, n + 1].sum(1) > now[:, n + 1].sum(1)
+    legal = torch.tensor(sorted(game.pays.values()))
+    unpaid = (rewards[:, :, None] - legal).abs().amin(2) if game.pays else torch.zeros_like(rewards)
     result = {
         "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
         "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
@@ -550,38 +473,20 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         "in an obstacle": (next_players & now[:, n : n + 1]).flatten(1).any(1),
         "prey": prey_wrong,  # came, went without being hunted, jumped, or outlived its hunt
         "obstacles": (after[:, n] != now[:, n]).any(1),  # changed
-        "reward": (unpaid > same_reward(game)).any(1),  # is never paid
+        "reward": (unpaid > game.same_reward).any(1),  # is never paid
     }
     in_frame = torch.stack([broken for rule, broken in result.items() if rule != "reward"]).any(0)
     return result | {"any in the frame": in_frame, "any": in_frame | result["reward"]}
 
 
-def impossible(args: Args, game: Game) -> list[str]:
-    """Violations that a model's form rules out: nothing that it is praised for."""
-    entity, rules = args.model == "entity", ["reward"] * (args.model != "mse")
-    rules += ["duplicated"] * (entity and game.single_stag)  # several stags are predicted cell by cell
-    return sorted(rules + ["jumped", "reappeared"] * (entity and args.mask))
-
-
-def payments(players: int) -> dict[str, float]:
-    """What each hunter is paid in Markov Stag-Hunt, by prey and number of hunters."""
-    result = {}
-    for prey, pay, fewest in (("hare", 1.0, 1), ("stag", 10.0, 2)):
-        for hunters in range(fewest, players + 1):
-            result[f"{prey}, {hunters} hunter{'s' * (hunters > 1)}"] = pay / hunters
-    return result
-
-
 def measure_frames(game: Game, predict: Predict, data: Transitions) -> dict[str, Any]:
     """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
-    events, counts = payments(game.players), {}
-    others = [pay for pay in game.legal_rewards if pay and all(abs(pay - known) > 1e-3 for known in events.values())]
-    events |= {f"reward {pay:g}": pay for pay in others}
+    events, counts = {name: pay for name, pay in game.pays.items() if pay}, {}
     for batch in data.batches():
         frame, rewards = predict(batch.obs, batch.actions)
         right = (frame == batch.next_obs).flatten(2).all(2)  # (B, C)
         exact, changed = right.all(1), (batch.next_obs != batch.obs).flatten(1).any(1)
-        paid, event = ((rewards - batch.rewards).abs() < same_reward(game)).all(1), (batch.rewards != 0).any(1)
+        paid, event = ((rewards - batch.rewards).abs() < game.same_reward).all(1), (batch.rewards != 0).any(1)
         broken = violations(game, batch.obs, batch.actions, frame, rewards)
         hits = {
             "exact": exact, "exact_changed": exact[changed], "exact_players": right[:, : game.players].all(1),
@@ -618,12 +523,12 @@ def measure_values(expected: Predict, data: Transitions) -> dict[str, Any]:
 
 
 def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
-    """Share of exact frames after k steps that see only predicted frames, of those games that last `steps` steps more.
+    """Share of exact frames after k steps that see only predicted frames, of those views that last `steps` steps more.
 
-    All games are rolled out together. Starts are where such a game is first seen, and every `steps` steps.
+    All are rolled out together. Starts are where such a game is first seen, and every `steps` steps.
     """
     first = torch.arange(max(len(data.obs) - steps + 1, 0))
-    rows = first[(data.game[first] == data.game[first + steps - 1]) & (data.t[first] % steps == 0)]
+    rows = first[(data.view[first] == data.view[first + steps - 1]) & (data.t[first] % steps == 0)]
     frame, result = data.obs[rows], {}
     for k in range(1, steps + 1 if len(rows) else 1):
         parts = zip(frame.split(2_000), data.actions[rows].split(2_000), strict=True)
@@ -634,19 +539,19 @@ def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[i
 
 
 @torch.no_grad()
-def calibration(learner: Learner, data: Transitions, bins: int = 15) -> dict[str, float]:
+def calibration(model: WorldModel, data: Transitions, bins: int = 15) -> dict[str, float]:
     """Negative log-likelihood of a next frame in nats, and the expected calibration error of the players' places.
 
     (With `cell` the error is that of each plane's value in each cell.) Not defined for `mse`.
     """
-    n, nll, shares, hits = learner.game.players, 0.0, [], []
+    n, total, shares, hits = model.game.players, 0.0, [], []
     for batch in data.batches():
-        batch = batch.to(learner.device)
-        nll += float(learner.losses(batch)["frame"]) * len(batch.obs)
-        prediction = learner.model(batch.obs, batch.actions)
+        batch = batch.to(model.values.device)
+        total += float(model.losses(batch)["frame"]) * len(batch.obs)
+        prediction = model(batch.obs, batch.actions)
         if prediction.entities is not None:
             share, place = prediction.entities.softmax(2)[:, :n].max(2)
-            right = place == places(batch.next_obs, learner.game)[:, :n]
+            right = place == places(batch.next_obs, model.game)[:, :n]
         else:
             one = torch.sigmoid(prediction.planes[:, :n])
             share, right = torch.maximum(one, 1.0 - one), (one > 0.5) == batch.next_obs[:, :n].bool()
@@ -654,55 +559,257 @@ def calibration(learner: Learner, data: Transitions, bins: int = 15) -> dict[str
         hits.append(right.flatten().float().cpu())
     share, right = torch.cat(shares), torch.cat(hits)
     gap = torch.zeros(bins).index_add_(0, (share * bins).long().clamp_max(bins - 1), share - right)
-    return {"nll": nll / len(data.obs), "ece": float(gap.abs().sum() / len(share))}
+    return {"nll": total / len(data.obs), "ece": float(gap.abs().sum() / len(share))}
 
 
 @torch.no_grad()
-def ranking(learner: Learner, data: Transitions, pool: int = 1_000) -> dict[str, float]:
+def ranking(model: WorldModel, data: Transitions, pool: int = 1_000) -> dict[str, float]:
     """Hits@1 and mean reciprocal rank of the true next frame among a pool of as many, by the contrastive similarity."""
-    batch = data.spread(pool).to(learner.device)
-    similarity = learner.similarity(learner.model(batch.obs, batch.actions).features, batch.next_obs)
+    batch = data.spread(pool).to(model.values.device)
+    similarity = model.similarity(model(batch.obs, batch.actions).features, batch.next_obs)
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
     return {"hits_at_1": float((rank == 1).float().mean()), "mrr": float((1.0 / rank).mean()), "pool": len(batch.obs)}
 
 
-def game_limit(config: "stag_hunt.Config | None", data: Transitions, rows: int = 300, draws: int = 100) -> float:
-    """The share of frames that a perfect model's most likely frame hits: 1, unless stags move at random.
-
-    Then the environment is set to the state of some rows again and again, and the commonest outcome counted: the mean
-    of the largest probability, estimated (a little above the truth, as a maximum of estimates is).
-    """
-    if config is None or not config.stag_moves:
-        return 1.0
-    batch = data.spread(rows)
-    return float(stag_hunt.commonest_shares(batch.obs.numpy(), batch.actions.numpy(), config, draws).mean())
+def evaluate(model: WorldModel | Foreign, data: Transitions, game: Game) -> dict[str, float]:
+    """How good the most likely next frame is on `data`, as shares of 1, and the expected frame's squared error."""
+    metrics = measure_frames(game, model.predict, data)
+    metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, data)}
+    names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
+    return {name: metrics[name] for name in names}
 
 
-class Foreign:
+def measure(
+    model: WorldModel | Foreign, game: Game, train: Transitions, test: Transitions, args: Args,
+    config: stag_hunt.Config | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole test, beside a copied frame, the training data's mean, and the truth, which must break no rule."""
+    ours = isinstance(model, WorldModel)
+    draws = ours and model.kind != "mse"
+    generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
+    sample = functools.partial(model.predict, generator=generator) if draws else None
+    true = ((batch.next_obs, batch.rewards) for batch in test.batches())
+    mean_frame, mean_rewards = train.next_obs.float().mean(0), train.rewards.mean(0)
+
+    def copy(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        return obs, torch.zeros(actions.shape)
+
+    def mean(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        return mean_frame.expand(obs.shape), mean_rewards.expand(actions.shape)
+
+    some = test.spread(300)
+    limit = config.limit(some.obs.numpy(), some.actions.numpy()) if config else 1.0
+    result: dict[str, Any] = {"rows": len(test.obs), "limit": limit}
+    for name, expected in {"values": model.expected, "values_copy": copy, "values_mean": mean}.items():
+        result[name] = measure_values(expected, test)
+    for way, predict in {"mode": model.predict, "sample": sample, "copy": copy, "truth": lambda *_: next(true)}.items():
+        result[way] = predict and measure_frames(game, predict, test)
+    for name, predict in {"open_loop": model.predict, "open_loop_sample": sample}.items():
+        result[name] = measure_open_loop(predict, test, args.open_loop_steps) if predict else {}
+    result["impossible"] = impossible(model) if ours else []
+    if draws:
+        result["calibration"] = calibration(model, test)
+    if ours and model.args.contrastive_coef > 0.0:
+        result["ranking"] = ranking(model, test)
+    return result
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> Path:
+    """Train a model, or take one, test it, and return the run folder."""
+    try:
+        check(args)
+        train, test, config = find_data(args)
+        game = find_game(train, test, args, config)
+        check_data(args, game, train, test)
+        model = load(args.load, game, test) if args.load else None
+    except (ValueError, OSError) as error:
+        usage_error(str(error))
+    with Run(args) as run:
+        device = set_up_torch(args)
+        model = (model or WorldModel(game, args)).to(device)
+        on_device, games = train.to(device), test.games(args.eval_episodes)
+        step, losses = 0, {}
+        digest = hashlib.sha256()
+        for values in (*train, *test):
+            digest.update(values.numpy().data)
+        if run.checkpoint:
+            with run.restoring():
+                if run.checkpoint["data"] != digest.hexdigest():
+                    usage_error(f"the data are not those that {run.folder} began with; restore them")
+                step = run.checkpoint["step"]
+                model.load_state_dict(run.checkpoint["agent"])
+                model.optimizer.load_state_dict(run.checkpoint["optimizer"])
+
+        def evaluate_model() -> None:
+            metrics = evaluate(model, games, game)
+            if not math.isfinite(metrics["obs_mse"]):
+                raise RunError(f"step {step}: the predictions are not finite; try a smaller learning rate")
+            run.log_evaluation(step, metrics)
+
+        while args.load is None:
+            last = step == args.total_timesteps
+            evaluating = step > 0 and (last or step % args.eval_frequency == 0)
+            saving = step > 0 and (last or step % args.checkpoint_frequency == 0)
+            if losses and (step % 100 == 0 or evaluating or saving or run.signal):
+                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                run.log(step, {f"losses/{name}": value for name, value in losses.items()})
+                run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
+            if evaluating and not run.evaluated(step):
+                run.unless_stopped(evaluate_model)
+            stopping = run.signal and not (last and run.evaluated(step))
+            if saving or stopping:
+                state = {"agent": model.state_dict(), "optimizer": model.optimizer.state_dict()}
+                run.save_checkpoint(step, {**state, "data": digest.hexdigest()})
+            if stopping:
+                run.stop()
+            if last:
+                break
+            rows = torch.randint(len(train.obs), (args.batch_size,), device=device)
+            losses = model.update(on_device.select(rows), step / args.total_timesteps)
+            step += 1
+            run.progress(step, f"{100 * run.eval_rows[-1]['exact']:.2f} % exact" if run.eval_rows else "")
+
+        if args.load is None:
+            run.save_model("model.pt", {"agent": model.state_dict(), "game": json.dumps(game._asdict())})
+        step, name = args.total_timesteps, args.load or f"{args.model}, {args.action_input}"
+
+        def final_test() -> None:
+            result = measure(model, game, train, test, args, config)
+            run.say(report(result, game, name))
+            text = json.dumps(result, indent=1).encode()
+            write_atomically(run.folder / "metrics.json", lambda file: file.write(text))
+            run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
+
+        def draw() -> None:
+            some = torch.randperm(len(test.obs), generator=torch.Generator().manual_seed(0))[:8]
+            for kind, rows in {"worst": worst(game, model.predict, test), "random": some}.items():
+                batch = test.select(rows)
+                figure = draw_transitions(game, batch, *model.predict(batch.obs, batch.actions))
+                run.log_figure(step, f"transitions_{kind}", figure)
+
+        def film() -> None:
+            run.log_videos(step, film_open_loop(game, model.predict, test, run.folder / "videos"))
+
+        run.unless_stopped(final_test)  # a resumed run makes it again
+        if run.signal:
+            run.stop()
+        run.finish(step, {}, *((draw, film) if args.capture_video else (draw,)))
+    print(f"all figures and pictures: {run.folder}")
+    return run.folder
+
+
+# Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
+WHOLE, FLOAT = np.iinfo(np.int64), np.finfo(np.float32)
+FIELDS = {  # of a file: type, dimensions, least and greatest value, what they are
+    "obs": (np.uint8, 4, 0, 1, "0 or 1"),
+    "actions": (np.int64, 2, -1, 999, "whole numbers from -1 (gone) on"),
+    "rewards": (np.float32, 2, FLOAT.min, FLOAT.max, "finite"),
+    "next_obs": (np.uint8, 4, 0, 1, "0 or 1"),
+    "episode": (np.int64, 1, WHOLE.min, WHOLE.max, "whole numbers"),
+    "agent": (np.int64, 1, WHOLE.min, WHOLE.max, "whole numbers"),
+    "t": (np.int64, 1, WHOLE.min, WHOLE.max, "whole numbers"),
+}
+NEEDED, IDS = ["obs", "actions", "rewards", "next_obs"], ["episode", "agent", "t"]  # these are for roll-outs
+RECORD_FIELDS = ("obs", "joint_action", "rewards", "next_obs", *IDS, "split")
+MOST_REWARDS = 100  # more values than that are no rule of a game
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file that are needed here. Raises ValueError with one line."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name in (*FIELDS, "joint_action", "meta")}
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = f"{type(error).__name__}; convert it to npz with {', '.join(NEEDED)}"
+        if "Object arrays" in str(error):
+            reason = "it holds Python objects; save arrays of numbers instead"
+        raise ValueError(f"{path} is missing, damaged or no plain npz file ({reason})") from None
+
+
+def read_record(path: Path) -> tuple[dict[str, np.ndarray], stag_hunt.Config | None]:
+    """A record of games, and the rules, if they are Markov Stag-Hunt's. Raises ValueError with one line."""
+    if "records" not in globals():
+        raise ValueError(f"envs/ is not here to read the record {path} with; take it along, or pass a plain npz")
+    columns, meta = records.read_records(path, RECORD_FIELDS)
+    given = meta.get("env_kwargs") or {}
+    rules = {name: value for name, value in given.items() if name in stag_hunt.Config._fields}
+    try:
+        config = stag_hunt.Config(**rules).check()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its meta names an impossible game ({error})") from None
+    fits = columns["obs"].shape[1:] == (config.channels, config.size, config.size)
+    return columns, config if rules and fits else None  # else it is another game's
+
+
+def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
+    """Check and convert the columns of a plain file or of a record of games. Raises ValueError with one line."""
+    columns = {"actions": columns.get("joint_action"), **columns}
+    if missing := [field for field in NEEDED if columns.get(field) is None]:
+        raise ValueError(f"{name} has no {', '.join(missing)}; {', '.join(NEEDED)} are needed")
+    given, found = {field: columns[field] for field in FIELDS if field in columns}, {}
+    shapes = ", ".join(f"{field} {values.shape}" for field, values in given.items())
+    misfit = ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
+    for field, values in given.items():
+        kind, dimensions, least, most, expected = FIELDS[field]
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: numbers expected in {field}, got {values.dtype}")
+        if values.ndim != dimensions or len(values) != len(given["obs"]):
+            raise misfit
+        with np.errstate(invalid="ignore", over="ignore"):
+            found[field] = values.astype(kind, order="C")  # and checked as what it becomes
+        bad = ~((found[field] >= least) & (found[field] <= most))
+        if kind is not np.float32:
+            bad |= found[field] != values
+        if rows := int(bad.any(tuple(range(1, dimensions))).sum()):
+            raise ValueError(f"{name}: {rows} rows have {field} that are not {expected}")
+    obs, actions, rewards, next_obs = (found[field] for field in NEEDED)
+    players = actions.shape[1]
+    if not (rewards.shape == actions.shape and next_obs.shape == obs.shape and players + 3 in obs.shape[1::2]):
+        raise misfit
+    if obs.shape[1] != players + 3:  # channels last
+        obs, next_obs = (np.ascontiguousarray(np.moveaxis(frames, 3, 1)) for frames in (obs, next_obs))
+    for field, frames in (("obs", obs), ("next_obs", next_obs)):
+        if rows := int((frames[:, :players].sum((2, 3)) > 1).any(1).sum()):
+            raise ValueError(f"{name}: {rows} rows have a player's plane with two ones in it in {field}")
+    order = view = np.arange(len(obs))
+    episode, t = view * 1_000 // max(len(obs), 1_000), np.zeros_like(view)  # 1,000 parts count as games
+    if set(IDS) <= set(found):
+        order = np.lexsort([found[field] for field in reversed(IDS)])
+        episode, agent, t = (found[field][order] for field in IDS)
+        begins = (np.diff(episode) != 0) | (np.diff(agent) != 0) | (np.diff(t) != 1)
+        view = np.concatenate((view[:1], begins.cumsum()))
+    values = (obs[order], actions[order], rewards[order], next_obs[order], episode, view, t)
+    return Transitions(*[torch.from_numpy(value) for value in values])
+
+
+class Foreign(nn.Module):
     """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
 
     def __init__(self, name: str) -> None:
         """Import it. Raises ValueError with one line if it cannot be found."""
+        super().__init__()
         self.name, (module, _, attribute) = name, name.partition(":")
         sys.path.insert(0, str(Path.cwd()))
         try:
             self.function = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
             raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
 
     def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """What it returns. Raises ValueError with one line for wrong shapes or values that are not finite."""
+        """What it returns. Raises RunError with one line for wrong shapes or values that are not finite."""
         try:
             outputs = self.function(obs.numpy().astype(np.float32), actions.numpy().copy())
-            frame, rewards = (np.asarray(value, np.float32) for value in outputs)
+            with np.errstate(over="ignore"):  # refused below
+                frame, rewards = (np.asarray(value, np.float32) for value in outputs)
         except Exception as error:
-            raise ValueError(f"{self.name} failed ({type(error).__name__}: {error})") from None
+            raise RunError(f"{self.name} failed ({type(error).__name__}: {error})") from None
         for what, value, shape in (("next_obs", frame, tuple(obs.shape)), ("rewards", rewards, tuple(actions.shape))):
             if value.shape != shape:
-                raise ValueError(f"{self.name} returned {what} of shape {value.shape}, {shape} expected")
+                raise RunError(f"{self.name} returned {what} of shape {value.shape}, {shape} expected")
             if infinite := int((~np.isfinite(value)).sum()):
-                raise ValueError(f"{self.name} returned {what} with {infinite} values that are not finite")
-        return torch.from_numpy(frame), torch.from_numpy(rewards)
+                raise RunError(f"{self.name} returned {what} with {infinite} values that are not finite")
+        return torch.from_numpy(frame.copy()), torch.from_numpy(rewards.copy())
 
     def predict(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Next frames with zeros and ones, and rewards."""
@@ -710,53 +817,111 @@ class Foreign:
         return (frame > 0.5).to(torch.uint8), rewards
 
 
-def load_model(path: Path, game: Game, device: torch.device) -> Learner:
-    """A model.pt of this script. Raises ValueError with one line if it is none, or of another game."""
+def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
+    """A function, tried on all of the test, or a model.pt of this script, for any board. Raises ValueError, OSError."""
+    if ":" in name and not Path(name).exists():
+        foreign, least, most = Foreign(name), 0.0, 1.0
+        for batch in test.batches():
+            frame, _ = foreign.expected(batch.obs, batch.actions)
+            least, most = min(least, float(frame.min())), max(most, float(frame.max()))
+        if least < 0.0 or most > 1.0:
+            cure = "cells above 0.5 count as ones, so logits need a sigmoid, and 0 to 255 a division"
+            found = f"{name} returned next_obs from {least:.4g} to {most:.4g}, not in [0, 1]"
+            print(f"warning: {found}; {cure}", file=sys.stderr)
+        return foreign
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        learner = Learner(Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"])), device)
-        learner.model.load_state_dict(content["model"])
+        content = torch.load(name, map_location="cpu", weights_only=True)
+        args, own = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
+        state = content["agent"]
+        if (own.height, own.width) != (game.height, game.width):  # what belongs to a board's size is for training only
+            args.contrastive_coef = 0.0
+            state = {key: value for key, value in state.items() if not key.startswith(("query.", "key."))}
+        model = WorldModel(own._replace(height=game.height, width=game.width), args)
+        model.load_state_dict(state)
+    except OSError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"{path} is not a model of this world_model_test.py ({type(error).__name__})") from None
-    shapes = [
-        f"frames {(g.channels, g.height, g.width)} of {g.players} players, {g.actions} actions, "
-        + ("one stag" if g.single_stag else "several stags")
-        for g in (learner.game, game)
-    ]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{path} is a model of {shapes[0]}; the data have {shapes[1]}")
-    return learner
+        raise ValueError(f"{name} is not a model of this world_model_test.py ({type(error).__name__})") from None
+    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"{name} has weights that are not finite: {', '.join(bad)}")
+    if (own.players, own.actions) != (game.players, game.actions):
+        theirs = f"the data have {game.players} and {game.actions}"
+        raise ValueError(f"{name} is a model of {own.players} players with {own.actions} actions; {theirs}")
+    if args.model == "entity" and own.single_stag and not game.single_stag:
+        raise ValueError(f"{name} is a model of one stag; the data have several stags")
+    return model
 
 
-def measure_all(
-    model: WorldModel | Foreign, learner: Learner | None, args: Args, game: Game, train: Transitions,
-    test: Transitions, limit: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that the report, `metrics.json` and the pictures need; `learner` is None for a foreign model."""
-    own, mean = learner.args if learner else None, (train.next_obs.float().mean(0), train.rewards.mean(0))
-    generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
-    draws = own is not None and own.model != "mse"
-    true = ((batch.next_obs, batch.rewards) for batch in test.batches())
+def find_game(train: Transitions, test: Transitions, args: Args, config: stag_hunt.Config | None = None) -> Game:
+    """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
+    players, seen = train.actions.shape[1], train.rewards.unique().tolist()
+    values = sorted({round(value, 4) for value in seen} | {0.0})
+    if args.load is None and args.model != "mse" and len(values) > MOST_REWARDS:
+        raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
+    values = [min(seen, key=lambda own: abs(own - value)) for value in values]
+    pays = {f"reward {pay:g}": pay for pay in sorted({0.0, *values, *test.rewards.unique().tolist()})}
+    if config is not None:
+        pays = {"nothing": 0.0, **config.payments}
+    elif len(pays) > MOST_REWARDS:
+        pays = {}
+    amounts = np.array(sorted(pays.values()))
+    gaps = np.diff(amounts)
+    apart = gaps[gaps > 1e-5 * np.abs(amounts).max(initial=0.0)]  # not by rounding alone
+    same = min(0.02, float(apart.min(initial=math.inf)) / 4.0)
+    actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
+    single = max(int(part.obs[:, players + 1].flatten(1).sum(1).max()) for part in (train, test)) <= 1
+    moves = config is not None and config.stag_moves
+    return Game(players, *train.obs.shape[2:], actions, values, single, pays, same, moves)
 
-    def copy(obs: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        return obs, torch.zeros(len(obs), game.players)
 
-    sample = (lambda obs, actions: model.predict(obs, actions, generator)) if draws else None
-    ways = {"mode": model.predict, "sample": sample, "copy": copy, "truth": lambda *_: next(true)}
-    result: dict[str, Any] = {
-        "rows": len(test.obs), "limit": limit, "values": measure_values(model.expected, test),
-        "values_copy": measure_values(copy, test),
-        "values_mean": measure_values(lambda obs, _: (mean[0].expand(obs.shape), mean[1].expand(len(obs), -1)), test),
-        **{way: predict and measure_frames(game, predict, test) for way, predict in ways.items()},
-        "open_loop": measure_open_loop(model.predict, test, args.open_loop_steps),
-        "open_loop_sample": measure_open_loop(sample, test, args.open_loop_steps) if draws else {},
-        "impossible": impossible(own, learner.game) if own else [],
-    }  # fmt: skip
-    if draws:
-        result["calibration"] = calibration(learner, test)
-    if own and own.contrastive_coef > 0.0:
-        result["ranking"] = ranking(learner, test)
-    return result
+def check(args: Args) -> None:
+    """Refuse what cannot work, and fill in what --env says of the board. Raises ValueError with one line."""
+    positive = ("total_timesteps", "max_cycles", "rows", "test_rows", "hidden_dim", "num_layers", "batch_size")
+    positive += ("open_loop_steps", "checkpoint_frequency", "eval_frequency", "eval_episodes")
+    least = {**dict.fromkeys(positive, 1), "learning_rate": 1e-12, "size": 2}
+    check_numbers(args, least, {"max_cycles": 32_767, "size": 64})
+    if args.data is None and "stag_hunt" not in globals():
+        raise ValueError("envs/stag_hunt.py is not here to collect games with; pass --data FILE, a plain npz")
+    sizes = (args.size, args.n_stags, args.n_hares)
+    if args.data and (args.stag_moves or args.n_blocks or any(size is not None for size in sizes)):
+        flags = "--size, --n-stags, --n-hares, --n-blocks and --stag-moves"
+        raise ValueError(f"{flags} are for games that are collected here; leave them out")
+    if args.data is None:
+        for name, value in stag_hunt.PRESETS[args.env_id].items():
+            if getattr(args, name, 0) is None:
+                setattr(args, name, value)
+    cells, inputs, layers = (args.size or 8) ** 2, 36, args.num_layers + 1
+    collected = 0 if args.data else 4 * (args.rows + args.test_rows) * (14 * cells + 500)
+    paths = 1_024 * (cells + 1) ** 2 * 16 if args.n_blocks else 0  # the shortest ways on each game's board
+    batch = 16 * args.batch_size * cells * (inputs + layers * args.hidden_dim)
+    weights = 16 * args.hidden_dim * (9 * inputs + 9 * args.hidden_dim * layers)
+    with contextlib.suppress(AttributeError):  # not on Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if (wanted := collected + paths + batch + weights) > memory:
+            needed = f"about {wanted / 2**30:,.0f} GiB of memory are needed, {memory / 2**30:,.0f} are there"
+            raise ValueError(f"{needed}; take smaller --rows, --test-rows, --size, --batch-size or --hidden-dim")
+
+
+def check_data(args: Args, game: Game, train: Transitions, test: Transitions) -> None:
+    """Raises ValueError if the data are not what was asked for: of another game, or with nothing to film."""
+    if args.load is None and args.model == "entity" and args.mask:
+        allowed = reach(game.height, game.width)[places(train.obs, game), places(train.next_obs, game)]
+        if far := int((~allowed).any(1).sum()):
+            raise ValueError(f"in {far} rows a player moves more than one cell or comes back; add --no-mask")
+    if args.capture_video and len(test.view.unique()) == len(test.view):
+        raise ValueError(f"--capture-video needs roll-outs: rows of {args.data} with episode, agent and t")
+
+
+def impossible(model: WorldModel) -> list[str]:
+    """Violations that a model's form rules out: nothing that it is praised for."""
+    rules = []
+    if model.kind != "mse":
+        rules.append("reward")
+    if model.kind == "entity" and model.game.single_stag:  # several stags are predicted cell by cell
+        rules.append("duplicated")
+    if model.kind == "entity" and model.args.mask:
+        rules += ["jumped", "reappeared"]
+    return sorted(rules)
 
 
 def report(result: dict[str, Any], game: Game, name: str) -> str:
@@ -778,26 +943,120 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
         "reward": "all rewards right", "reward_event": "... where prey was caught",
     }  # fmt: skip
     for rule in [*RULES, "any in the frame", "any"]:
-        rows[f"violation {rule}"] = f"breaks a rule: {rule}{'*' * (rule in result['impossible'])}"
+        star = "*" if rule in result["impossible"] else ""
+        rows[f"violation {rule}"] = f"breaks a rule: {rule}{star}"
     for key, label in rows.items():
-        shares = [result[column][key] for column in columns] + [result["limit"]] * (key == "exact")
+        shares = [result[column][key] for column in columns]
+        if key == "exact":
+            shares.append(result["limit"])
         lines.append(f"{label:34}" + "".join(f"{100 * share:10.3f}" for share in shares))
     events = [f"{key} {100 * v['exact']:.1f} % of {v['frames']}" for key, v in result["mode"]["events"].items()]
     lines.append("\nrewards exact: " + "; ".join(events))
     for key in [key for key in ("calibration", "ranking") if key in result]:
         lines.append(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
-    for key, name in (("open_loop", "most likely"), ("open_loop_sample", "drawn")):
+    for key, way in (("open_loop", "most likely"), ("open_loop_sample", "drawn")):
         rolled = ", ".join(f"{k}: {100 * v:.2f}" for k, v in result[key].items() if k in (1, 3, 5, 10, 20))
         if rolled:
-            lines.append(f"open loop, {name} frames, % exactly right after k steps: {rolled}")
+            lines.append(f"open loop, {way} frames, % exactly right after k steps: {rolled}")
     return "\n".join(lines)
 
 
-# --- run folder, logging, checkpoints: the same text in every script ---
+def worst(game: Game, predict: Predict, data: Transitions) -> Tensor:
+    """The eight worst rows: first those that break a rule, then those that are wrong, by the number of wrong cells."""
+    scores = []
+    for batch in data.batches():
+        frame, rewards = predict(batch.obs, batch.actions)
+        broken = violations(game, batch.obs, batch.actions, frame, rewards)["any"]
+        mispaid = ((rewards - batch.rewards).abs() > game.same_reward).any(1)
+        scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + mispaid)
+    return torch.cat(scores).argsort(descending=True, stable=True)[:8]
+
+
+def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tensor) -> Figure:
+    """Each row's frame with the joint action, the true next frame, the predicted one, which is red if unlawful.
+
+    Obstacles are grey, the stag brown, hares green; players are numbers, 0 is the ego. The signs are their actions:
+    arrows, a dot for staying, S or H for hunting the stag or a hare.
+    """
+    broken = violations(game, data.obs, data.actions, frame, rewards)
+    wrong = (frame != data.next_obs).flatten(1).any(1)
+    mispaid = ((rewards - data.rewards).abs() > game.same_reward).any(1)
+    ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
+    figure = Figure(figsize=(9.0, 3.2 * len(frame)), layout="constrained")
+    for row, axes in enumerate(figure.subplots(len(frame), 3, squeeze=False)):
+        verdict = ", ".join(rule for rule in RULES if broken[rule][row])
+        true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (data.rewards, rewards))
+        told = f"predicted: {verdict or ('wrong frame' if wrong[row] else 'right frame')}\n"
+        told += f"{'wrong rewards' if mispaid[row] else 'rewards'} {paid}"
+        titles = ("frame and joint action", f"true next frame\nrewards {true}", told)
+        for axis, planes, title in zip(axes, (data.obs[row], data.next_obs[row], frame[row]), titles, strict=True):
+            kind = (planes[-3:].long() * torch.arange(1, 4)[:, None, None]).amax(0)
+            axis.pcolormesh(ground[kind], edgecolors="#e4e4e0", linewidth=0.5)
+            axis.set(xticks=[], yticks=[], ylim=(len(kind), 0), aspect="equal")
+            red = title is told and verdict
+            axis.spines[:].set(color="red" if red else "#b0b2b6", linewidth=2.5 if red else 1.0)
+            axis.set_title(title, fontsize=7)
+            for i, y, x in planes[:-3].nonzero().tolist():
+                x, y = x + (0.25, 0.75)[i % 2], y + (0.28, 0.72)[i // 2 % 2]
+                action = int(data.actions[row, i]) if axis is axes[0] else -1
+                text = f"{i}{'↑↓←→·SH'[action : action + 1]}"  # no sign for who does not act
+                axis.text(x, y, text, color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
+    return figure
+
+
+def film_open_loop(game: Game, predict: Predict, data: Transitions, folder: Path) -> list[Path]:
+    """Write mp4 videos of roll-outs that see predicted frames only, beside the truth: of the three longest views."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from moviepy import ImageSequenceClip  # slow to import, and only needed here
+
+    folder.mkdir(exist_ok=True)
+    views, lengths = data.view.unique(return_counts=True)
+    paths = []
+    for number, view in enumerate(views[lengths.argsort(descending=True, stable=True)[:3]]):
+        rows = (data.view == view).nonzero()[:, 0]
+        frame, pictures = data.obs[rows[:1]], []
+        for row in rows.split(1):
+            step = data.select(row)._replace(obs=frame)
+            frame, rewards = predict(step.obs, step.actions)
+            canvas = FigureCanvasAgg(draw_transitions(game, step, frame, rewards))
+            canvas.draw()
+            pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        paths.append(folder / f"open_loop_{number}.mp4")
+        ImageSequenceClip(pictures, fps=2).write_videofile(str(paths[-1]), logger=None)
+    return paths
+
+
+# --- same text in every script: run block (home: hyar_td3.py; see make sync) ---
+class RunError(ValueError):
+    """Ends a run with one line instead of a traceback: its text is for the user."""
+
+
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
     print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
     raise SystemExit(2)
+
+
+def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
+    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
+            low, high, flag = least.get(name, 0), most.get(name, limit), f"--{name.replace('_', '-')}"
+            if not value >= low:  # nan is not, either
+                raise ValueError(f"{flag} {value}: a number of at least {low} expected")
+            if value > high:
+                raise ValueError(f"{flag} {value}: a number of at most {high} expected")
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Seed PyTorch, make it deterministic, and choose the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
 def episode_seed(seed: int, index: int, stream: int = 0) -> int:
@@ -816,99 +1075,152 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 class Run:
-    """The run folder, everything that is written into it, and the signals that end a run."""
+    """The run folder, what is written into it, and the signals that end a run. Use it in a `with` statement."""
 
     def __init__(self, args: Args) -> None:
         """Create `{runs_dir}/{run_name}`, or load its checkpoint with `--resume`. Exits 2 if that is not possible."""
         if args.resume and not args.run_name:
             usage_error("--resume needs the --run-name of the run to continue")
-        if args.track:
-            try:
-                import wandb
-            except ModuleNotFoundError:
-                usage_error("--track needs wandb; try pip install wandb, or leave it out")
-        if args.capture_video and importlib.util.find_spec("moviepy") is None:
-            usage_error("--capture-video needs moviepy; try pip install moviepy, or leave it out")
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.name = re.sub(r"[/\\:]", "-", name)
-        if self.name in ("", ".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
-            usage_error(f"--run-name {name[:50]!r}: a plain folder name of at most 200 bytes expected")
+        if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
+            usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
+        while not args.run_name and (Path(args.runs_dir) / self.name).exists():
+            self.name += "_"  # another run began in this second
         self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
-        self.signal, self.at_once, self.wandb, self.checkpoint = 0, False, None, None
-        if self.folder.exists() and not args.resume:
-            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        if self.folder.exists():
-            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {"it is a file"}
+        self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        try:
+            found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            if self.folder.exists() and not args.resume:
+                raise FileExistsError
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
-        try:
             self.folder.mkdir(parents=True, exist_ok=args.resume)
-            self.lock = self.take_lock()
-        except FileExistsError:  # another process was faster
-            usage_error(f"{self.folder} exists; choose another --run-name")
-        except OSError as error:
-            usage_error(f"cannot create {self.folder}: {error.strerror}; choose another --runs-dir")
-        if args.resume:
-            self.load_checkpoint()
-        if self.checkpoint is None:
-            commit = None
-            with contextlib.suppress(OSError):  # no git here
-                git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-                commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-            about = {
-                "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv,
-                "commit": commit, "python": sys.version.split()[0],
-                "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-            }  # fmt: skip
-            write_atomically(self.folder / "args.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
-            shutil.copy(__file__, self.folder / Path(__file__).name)
-        step = self.checkpoint["step"] if self.checkpoint else 0
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            self.take_lock()
+            if args.resume:
+                self.load_checkpoint()
+            step = self.checkpoint["step"] if self.checkpoint else -1
+            if self.checkpoint is None:
+                self.describe()
+            # What a killed run wrote after its last checkpoint is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        except FileExistsError:
+            usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
+        except OSError as error:  # a full or read-only disk, somebody else's folder
+            usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
         if args.track:
-            try:
-                wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
-                    resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
-                )  # fmt: skip
-            except Exception as error:  # no key, a bad name, no network; nothing is removed: it may be a run of old
-                hint = "run `wandb login`" if "key" in str(error) or "login" in str(error) else "change the name"
-                hint += f", or set WANDB_MODE=offline, and go on with --run-name {self.name} --resume"
-                usage_error(f"wandb: {error}; {hint}")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb = wandb
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+            self.start_wandb(args)
+        self.bar = tqdm(total=args.total_timesteps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
-        self.window_step = step
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.window_step = max(step, 0)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 
-    def take_lock(self) -> BinaryIO:
+    def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
-        file = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
+        self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
         try:  # not flock, which children inherit: one that outlives this process would keep the folder
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
-        except (NameError, OSError) as error:  # not on this system, or not on this file system
+        except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
             print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
-        return file
+
+    def describe(self) -> None:
+        """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        about = {
+            "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit,
+            "python": sys.version.split()[0],
+            "packages": {d.name: d.version for d in importlib.metadata.distributions()},
+        }  # fmt: skip
+        write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        shutil.copy(__file__, self.folder / Path(__file__).name)
+
+    def start_wandb(self, args: Args) -> None:
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.name, id=self.name,
+                resume="allow", config=self.settings, dir=str(self.folder), save_code=True,
+            )  # fmt: skip
+        except ModuleNotFoundError:
+            usage_error("--track needs wandb; try pip install wandb, or leave it out")
+        except Exception as error:  # no key, a bad name, no network
+            cure = "run `wandb login`" if "key" in str(error) or "log in" in str(error) else "change what it names"
+            usage_error(f"wandb: {error}; {cure}, or set WANDB_MODE=offline, and add --run-name {self.name} --resume")
+        wandb.define_metric("*", step_metric="global_step")
+        self.wandb = wandb
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Remember the signal; the loop saves and stops after its current step. What is made anew stops `at_once`."""
-        self.signal = number
+        """Remember the signal: the loop saves and stops after its current step. A second one ends the run at once."""
+        now = time.monotonic()
+        if self.signal and now - self.signal_time > 1.0:  # `timeout` sends its one signal twice
+            os._exit(128 + number)
+        self.signal, self.signal_time = self.signal or number, self.signal_time or now
         if self.at_once:
             raise KeyboardInterrupt
 
+    def unless_stopped(self, work: Callable[[], Any]) -> None:
+        """Do `work`, which a signal ends at once: a resumed run does it again."""
+        try:
+            self.at_once = True
+            if not self.signal:
+                work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.at_once = False
+
+    def say(self, text: str) -> None:
+        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self.signal = self.signal or signal.SIGTERM
+
+    def progress(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line every 10 seconds."""
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if now - self.shown > 10.0:
+            self.shown = now
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable:
+                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
+                self.say(f"{self.name}: {done}, {text}")
+
+    def steps_per_second(self, step: int) -> float:
+        """Environment steps per second since the last call."""
+        then, self.window_time = self.window_time, time.monotonic()
+        steps, self.window_step = step - self.window_step, step
+        return steps / max(self.window_time - then, 1e-9)
+
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write scalars to TensorBoard and wandb; a loss that is not finite ends the run."""
+        """Write scalars to TensorBoard and wandb. Raises RunError for a loss that is not finite."""
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                self.fail(f"step {step}: {name} is {value}; try a smaller learning rate")
+                raise RunError(f"step {step}: {name} is {value}; try a smaller learning rate")
             self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({**metrics, "global_step": step})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
@@ -922,15 +1234,13 @@ class Run:
         lines = [",".join(map(str, row)) + "\n" for row in [list(*self.eval_rows[:1]), *rows]]
         write_atomically(self.folder / "eval.csv", lambda file: file.write("".join(lines).encode()))
 
-    def log_figure(self, step: int, name: str, figure: Any) -> None:
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
         """Write a matplotlib figure to `{name}.png` in the run folder, TensorBoard and wandb (as images/{name})."""
         path = self.folder / f"{name}.png"
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        figure.clear()
-        image = np.asarray(PIL.Image.open(path).convert("RGB"))
-        self.writer.add_image(f"images/{name}", image, step, dataformats="HWC")
+        self.writer.add_figure(f"images/{name}", figure, step)
         if self.wandb:
-            self.wandb.log({f"images/{name}": self.wandb.Image(image), "global_step": step})
+            self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
         """Show videos that lie in the run folder in wandb too."""
@@ -938,22 +1248,10 @@ class Run:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar; without a terminal, print a line every 10 seconds."""
-        self.bar.update(step - self.bar.n)
-        now = time.monotonic()
-        if now - self.shown > 10.0:
-            self.shown = now
-            self.bar.set_postfix_str(text, refresh=False)
-            if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                print(f"{self.name}: {done}, {text}", flush=True)
-
-    def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
-        then, self.window_time = self.window_time, time.monotonic()
-        steps, self.window_step = step - self.window_step, step
-        return steps / max(self.window_time - then, 1e-9)
+    def save_model(self, name: str, state: dict[str, Any]) -> None:
+        """Write weights alone, and the arguments, from which the agent can be built again."""
+        content = {**state, "arguments": json.dumps(self.settings)}
+        write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
         """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
@@ -966,7 +1264,7 @@ class Run:
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
         except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
-            self.fail(f"step {step}: cannot write {path} ({error})")
+            raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
@@ -980,7 +1278,7 @@ class Run:
                 self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
             elif about.exists():
                 recorded = json.loads(about.read_text())
-                script, arguments = recorded["script"], dict(recorded["arguments"])
+                script, arguments, finished = recorded["script"], dict(recorded["arguments"]), False
             else:
                 return  # killed before anything was written
         except Exception as error:  # a damaged file raises nearly anything
@@ -991,15 +1289,19 @@ class Run:
         if changed:
             listed = ", ".join(f"{k} was {arguments.get(k)}, now {self.settings.get(k)}" for k in changed)
             usage_error(f"--resume with changed arguments: {listed}; repeat the old ones, or choose another --run-name")
-        if self.checkpoint and finished:
+        if finished:
             print(f"{self.folder} is finished")
             raise SystemExit(0)
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line."""
+        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
         try:
             yield
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            self.write_evaluations()  # a killed run may have written further
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.close()
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
@@ -1009,32 +1311,46 @@ class Run:
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
-    def restore_random_state(self) -> None:
-        """Continue the checkpoint's random streams, and its eval.csv: a killed run may have written further."""
-        with self.restoring():
-            torch.set_rng_state(self.checkpoint["torch_rng"])
-            if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-        self.write_evaluations()
-
-    def fail(self, message: str) -> NoReturn:
-        """End the run with one line and status 1; the last checkpoint stays as it is."""
-        path = self.folder / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        self.close()
-        print(f"error: {message}; {last}", file=sys.stderr)
-        raise SystemExit(1)
-
     def stop(self) -> NoReturn:
         """End the run after a signal, with the status that a shell gives it (143 or 130)."""
         self.close()
         print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
+    def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
+        """Make what comes after training, and mark the checkpoint as finished.
+
+        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        """
+        for extra in extras:
+            try:
+                self.unless_stopped(extra)
+            except Exception as error:
+                self.say(f"warning: {extra.__name__} failed ({type(error).__name__}: {error}); the models are saved")
+            if self.signal:
+                self.stop()
+        self.save_checkpoint(step, state, finished=True)
+
+    def __enter__(self) -> Run:
+        """The run itself."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        """Close everything. A RunError and a full disk end in one line and status 1."""
+        self.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
+
     def close(self) -> None:
         """Close the bar and the loggers and give the signals back."""
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
+            self.writer.close()
         if self.wandb:
             self.wandb.finish()
         for number, handler in self.handlers.items():
@@ -1042,199 +1358,11 @@ class Run:
         self.lock.close()
 
 
-# --- end of the common block ---
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-def draw_frame(axis: Any, frame: Tensor, title: str, actions: Tensor | None = None, outlined: bool = False) -> None:
-    """A frame (C, H, W): obstacles grey, stag brown, hares green; players as numbers, the ego as 0, with actions."""
-    ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
-    kind = (frame[-3:].long() * torch.arange(1, 4)[:, None, None]).amax(0)
-    axis.pcolormesh(ground[kind], edgecolors="#e4e4e0", linewidth=0.5)
-    axis.set(xticks=[], yticks=[], ylim=(len(kind), 0), aspect="equal")
-    axis.spines[:].set(color="red" if outlined else "#b0b2b6", linewidth=2.5 if outlined else 1.0)
-    axis.set_title(title, fontsize=7)
-    for i, row, column in frame[:-3].nonzero().tolist():
-        x, y = column + (0.25, 0.75)[i % 2], row + (0.28, 0.72)[i // 2 % 2]
-        action = -1 if actions is None else int(actions[i])
-        sign = "↑↓←→·SH"[action : action + 1]  # S, H: hunts the stag, a hare; nothing for who does not act
-        axis.text(x, y, f"{i}{sign}", color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
-
-
-def draw_transitions(game: Game, predict: Predict, data: Transitions, worst: bool) -> Figure:
-    """8 transitions: the frame with the joint action, the true next frame, the predicted one, outlined if unlawful.
-
-    The worst are those that break a rule, then those that are wrong; else they are drawn at random.
-    """
-    rows = torch.randperm(len(data.obs), generator=torch.Generator().manual_seed(0))[:8]
-    if worst:
-        scores = []
-        for batch in data.batches():
-            frame, rewards = predict(batch.obs, batch.actions)
-            broken = violations(game, batch.obs, batch.actions, frame, rewards)["any"]
-            mispaid = ((rewards - batch.rewards).abs() > same_reward(game)).any(1)
-            scores.append((frame != batch.next_obs).flatten(1).sum(1) + 1_000 * broken + mispaid)
-        rows = torch.cat(scores).argsort(descending=True, stable=True)[:8]
-    batch = data.select(rows)
-    frame, rewards = predict(batch.obs, batch.actions)
-    broken = violations(game, batch.obs, batch.actions, frame, rewards)
-    wrong = (frame != batch.next_obs).flatten(1).any(1)
-    mispaid = ((rewards - batch.rewards).abs() > same_reward(game)).any(1)
-    figure = Figure(figsize=(9.0, 3.2 * len(rows)), layout="constrained")
-    for row, axes in enumerate(figure.subplots(len(rows), 3, squeeze=False)):
-        verdict = ", ".join(rule for rule in RULES if broken[rule][row])
-        true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (batch.rewards, rewards))
-        title = f"predicted: {verdict or ('wrong frame' if wrong[row] else 'right frame')}\n"
-        title += f"{'wrong ' * bool(mispaid[row])}rewards {paid}"
-        draw_frame(axes[0], batch.obs[row], "frame and joint action", batch.actions[row])
-        draw_frame(axes[1], batch.next_obs[row], f"true next frame\nrewards {true}")
-        draw_frame(axes[2], frame[row], title, outlined=bool(verdict))
-    return figure
-
-
-def draw_summary(result: dict[str, Any], title: str) -> Figure:
-    """Violations by rule, and exact frames in open loop with the limit."""
-    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    bars, curve = figure.subplots(1, 2)
-    names = [*RULES, "any in the frame", "any"]
-    for i, kind in enumerate(kind for kind in ("mode", "sample", "copy") if result[kind]):
-        heights = [100 * result[kind][f"violation {name}"] for name in names]
-        bars.bar(np.arange(len(names)) + 0.27 * i, heights, 0.25, label=kind)
-    bars.set_xticks(np.arange(len(names)) + 0.27, names, rotation=40, ha="right", fontsize=8)
-    bars.set(title=title, ylabel="frames that break a rule, %")
-    shares = [100 * share for share in result["open_loop"].values()]
-    curve.plot(list(result["open_loop"]), shares, marker=".", label="most likely frame")
-    curve.axhline(100 * result["limit"], color="black", linestyle="--", linewidth=1, label="limit of the first step")
-    curve.set(xlabel="steps without the true frame", ylabel="frames exactly right, %", ylim=(0, 103))
-    bars.legend(fontsize=8)
-    curve.legend(fontsize=8)
-    return figure
-
-
-# Main ----------------------------------------------------------------------------------------------------------------
-def check(args: Args) -> Args:
-    """Check all sizes. Raises ValueError with one line."""
-    may_be_zero = ("seed", "eval_episodes", "n_blocks", "contrastive_coef")
-    for name, value in asdict(args).items():
-        least = 0 if name in may_be_zero else 1e-12 if name == "learning_rate" else 1
-        most = 2**63 - 1 if type(value) is int else math.inf
-        if type(value) in (int, float) and not (math.isfinite(value) and least <= value <= most):
-            limits = f"a number of at least {least}{', below 2**63,' * (value > most)}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {limits} expected")
-    if args.capture_video:
-        raise ValueError("--capture-video: there is nothing to film here; the run folder's pictures show frames")
-    return args
-
-
-def find_game(train: Transitions, test: Transitions, args: Args, config: "stag_hunt.Config | None" = None) -> Game:
-    """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
-    players, seen = train.actions.shape[1], train.rewards.unique().tolist()
-    values = sorted({round(value, 4) for value in seen} | {0.0})
-    if args.load is None and args.model != "mse" and len(values) > MOST_REWARDS:
-        raise ValueError(f"{len(values)} different rewards: too many for a categorical; take --model mse")
-    exact = [min(seen, key=lambda own: abs(own - value)) for value in values]
-    legal = sorted({0.0, *exact, *test.rewards.unique().tolist()})
-    if args.data is None:
-        legal = sorted({0.0, *payments(players).values()})
-    elif len(legal) > MOST_REWARDS:
-        legal = []
-    actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
-    stags = int(train.obs[:, players + 1].flatten(1).sum(1).max())
-    moves = config is not None and config.stag_moves
-    return Game(players, *train.obs.shape[2:], actions, exact, stags <= 1, legal, moves)
-
-
-def check_mask(game: Game, data: Transitions) -> None:
-    """Raises ValueError if the mask forbids what happened: then this is another game."""
-    if far := int((~game.reach[places(data.obs, game), places(data.next_obs, game)]).any(1).sum()):
-        raise ValueError(f"in {far} rows a player moves more than one cell or comes back; add --no-mask")
-
-
-def main(args: Args) -> Path:
-    """Train a model, or take one, test it, and return the run folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products fail on a GPU
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer many times over
-    torch.manual_seed(args.seed)
-    try:
-        train, test, config = find_data(check(args))
-        game = find_game(train, test, args, config)
-        learner = None
-        if args.load and ":" in args.load and not Path(args.load).exists():
-            model = Foreign(args.load)
-            for batch in test.batches():  # does it work on all of them?
-                model.predict(batch.obs, batch.actions)
-        else:
-            learner = Learner(args, game, device) if args.load is None else load_model(Path(args.load), game, device)
-            model = learner.model
-        if args.load is None and args.model == "entity" and args.mask:
-            check_mask(game, train)
-    except ValueError as error:
-        usage_error(str(error))
-    digest = hashlib.sha256()
-    for values in (*train, *test):
-        digest.update(values.numpy().data)
-    digest = digest.hexdigest()
-    run = Run(args)
-    step = 0
-    if run.checkpoint is not None:
-        with run.restoring():
-            if run.checkpoint["data"] != digest:
-                run.close()
-                usage_error(f"the data are not those that {run.folder} began with; restore them")
-            step = run.checkpoint["step"]
-            model.load_state_dict(run.checkpoint["model"])
-            learner.optimizer.load_state_dict(run.checkpoint["optimizer"])
-        run.restore_random_state()
-    on_device, sample = train.to(device), test.spread(5_000)
-    for step in range(step + 1, args.total_timesteps + 1 if args.load is None else 0):  # noqa: B020
-        batch = on_device.select(torch.randint(len(train.obs), (args.batch_size,), device=device))
-        losses = learner.update(batch, (step - 1) / args.total_timesteps)
-        last = step == args.total_timesteps
-        evaluating, saving = (last or step % often == 0 for often in (args.eval_frequency, args.checkpoint_frequency))
-        run.progress(step, f"{100 * run.eval_rows[-1]['exact']:.2f} % exact" if run.eval_rows else "")
-        saving = saving or run.signal  # one that comes later is seen in the next step
-        if step % 100 == 0 or evaluating or saving:
-            # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
-            run.log(step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
-        if evaluating:
-            metrics = measure_frames(game, model.predict, sample)
-            metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, sample)}
-            names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
-            run.log_evaluation(step, {name: metrics[name] for name in names})
-        if saving:
-            state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict(), "data": digest}
-            run.save_checkpoint(step, state)
-            if run.signal and not last:
-                run.stop()
-
-    if args.load is None:
-        texts = {"arguments": json.dumps(asdict(args)), "game": json.dumps(game._asdict())}
-        write_atomically(run.folder / "model.pt", lambda file: torch.save({"model": model.state_dict(), **texts}, file))
-    run.at_once = True  # a test may take long, and a resumed run makes it again: no need to wait for its end
-    name, step = args.load or f"{args.model}, {args.action_input}", args.total_timesteps
-    try:
-        if run.signal:
-            raise KeyboardInterrupt
-        result = measure_all(model, learner, args, game, train, test, game_limit(config, test))
-        print(report(result, game, name))
-        write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-        run.log(step, {f"test/{k.replace(' ', '_')}": v for k, v in result["mode"].items() if k != "events"})
-        run.log_figure(step, "summary", draw_summary(result, name))
-        for kind in ("worst", "random"):
-            figure = draw_transitions(game, model.predict, test, worst=kind == "worst")
-            run.log_figure(step, f"transitions_{kind}", figure)
-        run.save_checkpoint(step, {}, finished=True)
-    except KeyboardInterrupt:
-        run.stop()
-    except ValueError as error:  # a foreign function may fail at times
-        run.fail(str(error))
-    run.close()
-    print(f"all figures and pictures: {run.folder}")
-    return run.folder
+# --- end of the same text ---
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:  # before there was a run to save
+        raise SystemExit(130) from None

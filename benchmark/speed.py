@@ -720,20 +720,18 @@ def measure_world_model_test(args: Args) -> dict[str, Any]:
     games = world_model_test.stag_hunt.collect(4_000, config, 35, ("NS", "NH", "random"), 1)
     data, own = world_model_test.to_transitions(games.arrays, "games"), world_model_test.Args()
     game = world_model_test.find_game(data, data, own)
-    learners = {name: world_model_test.Learner(own, game, CPU) for name in ("plain", "fast")}
-    learners["plain"].model.to(memory_format=torch.contiguous_format)
+    models = {name: world_model_test.WorldModel(game, own) for name in ("plain", "fast")}
+    models["plain"].to(memory_format=torch.contiguous_format)
 
-    def update(learner: world_model_test.Learner) -> None:
-        learner.update(data.select(torch.randint(len(data.obs), (own.batch_size,))))
+    def update(model: world_model_test.WorldModel) -> None:
+        model.update(data.select(torch.randint(len(data.obs), (own.batch_size,))))
 
-    works = {
-        name: repeat(lambda learner=learner: update(learner), args.world_updates) for name, learner in learners.items()
-    }
+    works = {name: repeat(lambda model=model: update(model), args.world_updates) for name, model in models.items()}
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     works["product"] = repeat(lambda: left @ right, 10)
     seconds = medians(args.rounds, works)
     with FlopCounterMode(display=False) as counter:
-        update(learners["fast"])
+        update(models["fast"])
     operations, rate = counter.get_total_flops(), 10 * 2.0 * 1024**3 / seconds["product"]
     print(
         f"training of --model {own.model}, batch {own.batch_size}, {operations / 1e9:.2f} GFLOP an update, one thread"

@@ -91,6 +91,22 @@ class Config(NamedTuple):
         others = [f"other {i}" for i in range(1, self.n_players)]
         return ["self", *others, "obstacles", "stag", "hare"]
 
+    @property
+    def payments(self) -> dict[str, float]:
+        """What each hunter of a prey is paid, by the prey and the number of its hunters."""
+        result = {}
+        for prey, pay, fewest in (("hare", self.hare_reward, 1), ("stag", self.stag_reward, 2)):
+            for hunters in range(fewest, self.n_players + 1):
+                result[f"{prey}, {hunters} hunter{'s' if hunters > 1 else ''}"] = pay / hunters
+        return result
+
+    def limit(self, obs: np.ndarray, actions: np.ndarray, draws: int = 100) -> float:
+        """The share of next frames that a perfect model's most likely one hits: 1, unless stags move at random.
+
+        Then it is estimated from these frames (N, C, H, W) and joint actions (N, n): see `commonest_shares`.
+        """
+        return float(commonest_shares(obs, actions, self, draws).mean()) if self.stag_moves else 1.0
+
     def check(self) -> Config:
         """Raise ValueError, with what was expected, if there can be no such game."""
         if self.size < 2 or self.n_players < 1 or min(self.n_stags, self.n_hares, self.n_blocks) < 0:

@@ -676,6 +676,16 @@ def test_tests_of_world_models_become_a_table(world_models, capsys):
     assert_picture(results / "steps.png")
 
 
+def test_the_summary_of_one_world_model_is_drawn(world_models, capsys):
+    folder = world_models / "runs" / "world_model_test-a__1"
+    world_model_table.main(world_model_table.Args(run=folder))
+    assert str(folder / "summary.png") in capsys.readouterr().out
+    assert_picture(folder / "summary.png")
+    with pytest.raises(SystemExit) as stopped:
+        world_model_table.main(world_model_table.Args(run=world_models / "runs" / "world_model_test-late__1"))
+    assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
+
+
 def test_results_of_world_models_stay_when_their_runs_are_gone(world_models):
     results = world_models / "results"
     world_model_table.main(world_model_table.Args(world_models / "runs", results))
