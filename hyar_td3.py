@@ -810,6 +810,28 @@ def check(args: Args) -> None:
         flags = f"--total-timesteps {args.total_timesteps} ends before the first update: --learning-starts"
         flags += f" {args.learning_starts}, --policy-frequency {args.policy_frequency}"
         raise ValueError(f"{flags}; raise the first or lower the others")
+    check_memory(args)
+
+
+def check_memory(args: Args) -> None:
+    """Raise ValueError if the sizes alone need more memory than this machine has."""
+    latent = args.discrete_latent_dim + args.parameter_latent_dim
+    row, activations = 4.0 * (latent + 6), 4.0 * 3_000  # bytes a transition, and of what an update keeps of it
+    needed = {
+        "--total-timesteps": row * args.total_timesteps,
+        "--random-episodes": row * args.random_episodes,
+        "--batch-size": activations * args.batch_size * args.policy_frequency,
+        "--vae-batch-size": activations * args.vae_batch_size,
+        "--discrete-latent-dim": 4.0 * 40 * 256 * args.discrete_latent_dim,  # weights, gradients, moments, targets
+        "--parameter-latent-dim": 4.0 * 40 * 256 * args.parameter_latent_dim,
+        "--eval-episodes": 5_000.0 * args.eval_episodes,  # an environment each
+    }
+    memory, total = math.inf, sum(needed.values())
+    with contextlib.suppress(AttributeError, ValueError):  # Windows does not say
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > memory:
+        sizes = f"the run needs at least {1e-9 * total:,.0f} GB of memory, and this machine has {1e-9 * memory:,.0f}"
+        raise ValueError(f"{sizes}; lower {max(needed, key=needed.get)}")
 
 
 UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
@@ -922,7 +944,9 @@ def probe(args: Args) -> HybridEnv:
         env.reset(seed=0)
         env.step((0, np.zeros(env.parameter_dim)))
     except Exception as error:  # whatever a third party's environment raises
-        raise ValueError(f"{args.env_id} does not work: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{args.env_id} does not work as a Gymnasium environment: {type(error).__name__}: {error}"
+        ) from None
     if args.capture_video:
         drawn = make_env(args, video=True)
         try:
@@ -963,9 +987,9 @@ def load_learning_state(state: dict[str, Any], agent: HyARTD3, env: HybridEnv, b
 
 
 def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:
-    """What playing needs: the weights without targets, and the observations' scale."""
-    weights = {name: value for name, value in agent.state_dict().items() if not name.startswith("target_")}
-    return {"agent": weights, "center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
+    """What playing needs: the weights, and the observations' scale."""
+    scales = {"center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
+    return {"agent": agent.state_dict(), **scales}
 
 
 @torch.inference_mode()
@@ -1003,13 +1027,19 @@ def record_videos(agent: HyARTD3, args: Args, scale: ObservationScale, folder: P
     return sorted(folder.glob("evaluation-*.mp4"))
 
 
+def action_names(env: HybridEnv) -> list[str]:
+    """The environment's own names of its actions, if it has one for each."""
+    names = getattr(env.unwrapped, "action_names", ())
+    if isinstance(names, list | tuple) and len(names) == env.num_actions:
+        return list(names)
+    return [f"action {k}" for k in range(env.num_actions)]
+
+
 @torch.no_grad()
 def draw_latent_action_map(agent: HyARTD3, env: HybridEnv, observation: np.ndarray) -> Figure:
     """Decoded parameters over the two most informative dimensions of z, in one state (S,); 24 panels at most."""
     vae, count = agent.vae, env.num_actions
-    names = getattr(env.unwrapped, "action_names", ())
-    if not isinstance(names, list | tuple) or len(names) != count:
-        names = [f"action {k}" for k in range(count)]
+    names = action_names(env)
     panels = [(k, p) for k in range(count) for p in range(env.parameter_dim) if env.mask[k, p]][:24]
     ranked = vae.latent_information.argsort(descending=True).tolist()
     first, second = ranked[0], ranked[min(1, len(ranked) - 1)]
