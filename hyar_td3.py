@@ -699,18 +699,16 @@ def main(args: Args) -> Path:
                 recent.extend(state["recent"])
                 load_learning_state(state, agent, env, buffer)
                 saved_observation = state["observation"].numpy()
-            observation, done = start_episode(), False
-            replayed = buffer.columns(buffer.rows[buffer.size - episode_length :])
-            for k, x in zip(replayed.k.tolist(), replayed.x.numpy(), strict=True):  # the interrupted episode up to here
-                if not done:
-                    observation, _, terminated, truncated, _ = env.step((k, x))
-                    done = terminated or truncated
-            if done or not np.array_equal(observation, saved_observation):
+            observation = start_episode()
+            if episode_length > 0:  # the interrupted episode up to here
+                observation = replay(env, buffer.columns(buffer.rows[buffer.size - episode_length : buffer.size]))
+            if not np.array_equal(observation, saved_observation):
                 run.say(f"warning: episode {episode} does not replay to the saved observation; going on with the next")
                 episode, episode_length, episode_return = episode + 1, 0, 0.0
                 observation = start_episode()
 
-        first_step, (mean_return, mean_length) = step, np.mean(recent or [(math.nan, math.nan)], 0)
+        first_step = step
+        mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
         run.steps_per_second(step)  # counts from here
         while True:
             decay = min(1.0, episode / args.exploration_noise_episodes)
@@ -722,7 +720,7 @@ def main(args: Args) -> Path:
                 # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
                 run.log(step, {
                     **{f"losses/{name}": value for name, value in losses.items()},
-                    **latent_statistics(agent, buffer.columns(buffer.rows[:32].to(device))),
+                    **latent_statistics(agent, buffer.columns(buffer.rows[: buffer.random_size][:32].to(device))),
                     "charts/episodic_return": mean_return, "charts/episodic_length": mean_length,
                     "charts/episodes": episode, "charts/exploration_noise": noise,
                     "charts/SPS": run.steps_per_second(step),
@@ -984,6 +982,15 @@ def load_learning_state(state: dict[str, Any], agent: HyARTD3, env: HybridEnv, b
     buffer.rows = state["rows"]
     buffer.size = len(buffer.rows)
     buffer.random_size = state["random_size"]
+
+
+def replay(env: HybridEnv, actions: Batch) -> np.ndarray | None:
+    """The observation (S,) that these actions of an episode lead to; None if the episode ends on the way."""
+    for k, x in zip(actions.k.tolist(), actions.x.numpy(), strict=True):
+        observation, _, terminated, truncated, _ = env.step((k, x))
+        if terminated or truncated:
+            return None
+    return observation
 
 
 def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:

@@ -1991,7 +1991,6 @@ def test_tracking_without_wandb_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert exit_status(tiny(tmp_path, track=True)) == 2
     assert_one_line(capsys, "--track needs wandb", "pip install wandb")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("names", [("one",), ("a", "b"), lambda: None, None])
