@@ -699,18 +699,16 @@ def main(args: Args) -> Path:
                 recent.extend(state["recent"])
                 load_learning_state(state, agent, env, buffer)
                 saved_observation = state["observation"].numpy()
-            observation, done = start_episode(), False
-            replayed = buffer.columns(buffer.rows[buffer.size - episode_length :])
-            for k, x in zip(replayed.k.tolist(), replayed.x.numpy(), strict=True):  # the interrupted episode up to here
-                if not done:
-                    observation, _, terminated, truncated, _ = env.step((k, x))
-                    done = terminated or truncated
-            if done or not np.array_equal(observation, saved_observation):
+            observation = start_episode()
+            if episode_length > 0:  # the interrupted episode up to here
+                observation = replay(env, buffer.columns(buffer.rows[buffer.size - episode_length : buffer.size]))
+            if not np.array_equal(observation, saved_observation):
                 run.say(f"warning: episode {episode} does not replay to the saved observation; going on with the next")
                 episode, episode_length, episode_return = episode + 1, 0, 0.0
                 observation = start_episode()
 
-        first_step, (mean_return, mean_length) = step, np.mean(recent or [(math.nan, math.nan)], 0)
+        first_step = step
+        mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
         run.steps_per_second(step)  # counts from here
         while True:
             decay = min(1.0, episode / args.exploration_noise_episodes)
@@ -722,7 +720,7 @@ def main(args: Args) -> Path:
                 # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
                 run.log(step, {
                     **{f"losses/{name}": value for name, value in losses.items()},
-                    **latent_statistics(agent, buffer.columns(buffer.rows[:32].to(device))),
+                    **latent_statistics(agent, buffer.columns(buffer.rows[: buffer.random_size][:32].to(device))),
                     "charts/episodic_return": mean_return, "charts/episodic_length": mean_length,
                     "charts/episodes": episode, "charts/exploration_noise": noise,
                     "charts/SPS": run.steps_per_second(step),
@@ -810,6 +808,29 @@ def check(args: Args) -> None:
         flags = f"--total-timesteps {args.total_timesteps} ends before the first update: --learning-starts"
         flags += f" {args.learning_starts}, --policy-frequency {args.policy_frequency}"
         raise ValueError(f"{flags}; raise the first or lower the others")
+    check_memory(args)
+
+
+def check_memory(args: Args) -> None:
+    """Raise ValueError if the sizes alone need more memory than this machine has."""
+    latent = args.discrete_latent_dim + args.parameter_latent_dim
+    row, activations = 4.0 * (latent + 6), 4.0 * 3_000  # bytes a transition, and of what an update keeps of it
+    needed = {
+        "total_timesteps": row * args.total_timesteps,
+        "random_episodes": row * args.random_episodes,
+        "batch_size": activations * args.batch_size * args.policy_frequency,
+        "vae_batch_size": activations * args.vae_batch_size,
+        "discrete_latent_dim": 4.0 * 40 * 256 * args.discrete_latent_dim,  # weights, gradients, moments, targets
+        "parameter_latent_dim": 4.0 * 40 * 256 * args.parameter_latent_dim,
+        "eval_episodes": 5_000.0 * args.eval_episodes,  # an environment each
+    }
+    memory, total = math.inf, sum(needed.values())
+    with contextlib.suppress(AttributeError, ValueError):  # Windows does not say
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > memory:
+        sizes = f"the run needs at least {1e-9 * total:,.0f} GB of memory, and this machine has {1e-9 * memory:,.0f}"
+        largest = max(needed, key=lambda name: getattr(args, name))
+        raise ValueError(f"{sizes}; lower --{largest.replace('_', '-')}")
 
 
 UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
@@ -922,7 +943,9 @@ def probe(args: Args) -> HybridEnv:
         env.reset(seed=0)
         env.step((0, np.zeros(env.parameter_dim)))
     except Exception as error:  # whatever a third party's environment raises
-        raise ValueError(f"{args.env_id} does not work: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{args.env_id} does not work as a Gymnasium environment: {type(error).__name__}: {error}"
+        ) from None
     if args.capture_video:
         drawn = make_env(args, video=True)
         try:
@@ -962,10 +985,19 @@ def load_learning_state(state: dict[str, Any], agent: HyARTD3, env: HybridEnv, b
     buffer.random_size = state["random_size"]
 
 
+def replay(env: HybridEnv, actions: Batch) -> np.ndarray | None:
+    """The observation (S,) that these actions of an episode lead to; None if the episode ends on the way."""
+    for k, x in zip(actions.k.tolist(), actions.x.numpy(), strict=True):
+        observation, _, terminated, truncated, _ = env.step((k, x))
+        if terminated or truncated:
+            return None
+    return observation
+
+
 def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:
-    """What playing needs: the weights without targets, and the observations' scale."""
-    weights = {name: value for name, value in agent.state_dict().items() if not name.startswith("target_")}
-    return {"agent": weights, "center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
+    """What playing needs: the weights, and the observations' scale."""
+    scales = {"center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
+    return {"agent": agent.state_dict(), **scales}
 
 
 @torch.inference_mode()
@@ -1003,13 +1035,19 @@ def record_videos(agent: HyARTD3, args: Args, scale: ObservationScale, folder: P
     return sorted(folder.glob("evaluation-*.mp4"))
 
 
+def action_names(env: HybridEnv) -> list[str]:
+    """The environment's own names of its actions, if it has one for each."""
+    names = getattr(env.unwrapped, "action_names", ())
+    if isinstance(names, list | tuple) and len(names) == env.num_actions:
+        return list(names)
+    return [f"action {k}" for k in range(env.num_actions)]
+
+
 @torch.no_grad()
 def draw_latent_action_map(agent: HyARTD3, env: HybridEnv, observation: np.ndarray) -> Figure:
     """Decoded parameters over the two most informative dimensions of z, in one state (S,); 24 panels at most."""
     vae, count = agent.vae, env.num_actions
-    names = getattr(env.unwrapped, "action_names", ())
-    if not isinstance(names, list | tuple) or len(names) != count:
-        names = [f"action {k}" for k in range(count)]
+    names = action_names(env)
     panels = [(k, p) for k in range(count) for p in range(env.parameter_dim) if env.mask[k, p]][:24]
     ranked = vae.latent_information.argsort(descending=True).tolist()
     first, second = ranked[0], ranked[min(1, len(ranked) - 1)]

@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -64,14 +64,14 @@ def load_agent(path: Path) -> Agent:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings = json.loads(content.pop("arguments"))
         of_plas, of_sac_ae = "encoder_signal" in settings, "action_dim" in content
-        if of_sac_ae:
-            known = {field.name for field in fields(sac_ae_pixels.Args)}
-            settings = {name: value for name, value in settings.items() if name in known}  # older models have more
-        args = (plas_pixels if of_plas else sac_ae_pixels if of_sac_ae else hyar_td3).Args(**settings)
+        script = plas_pixels if of_plas else sac_ae_pixels if of_sac_ae else hyar_td3
+        known = {field.name for field in fields(script.Args)}
+        settings = {name: value for name, value in settings.items() if name in known}  # older models have more
+        args = script.Args(**settings)
     except Exception as error:  # a damaged file raises nearly anything
         usage_error(f"{path} is not a model of hyar_td3, sac_ae_pixels or plas_pixels ({type(error).__name__})")
     try:
-        env = plas_pixels.make_env(args) if of_plas else None if of_sac_ae else hyar_td3.make_env(args.env_id)
+        env = plas_pixels.make_env(args) if of_plas else None if of_sac_ae else hyar_td3.make_env(args)
     except ValueError as error:
         usage_error(str(error))
     try:
@@ -84,11 +84,30 @@ def load_agent(path: Path) -> Agent:
             for name in ("actor", "critic"):
                 getattr(agent, name).load_state_dict(content[name])
         else:
-            agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
-            content.pop("critic", None)  # it does not play
-            agent.load_state_dict({"average_actor": content["actor"], **content})  # a model may lack the average
+            agent = load_hyar_td3(content, args, env)
     except Exception as error:
         usage_error(f"{path} does not fit {args.env_id} as it is here ({type(error).__name__})")
+    return agent
+
+
+def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.HybridEnv) -> hyar_td3.HyARTD3:
+    """The agent, with the observations' scale in `agent.scale`; models from before it was one module are read, too."""
+    agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
+    if "agent" not in content:
+        parts = {"average_actor": content["actor"], **content}  # the oldest have no average
+        content["agent"] = {
+            f"{part}.{name.removeprefix('network.')}": value
+            for part in ("actor", "average_actor", "vae")
+            for name, value in parts[part].items()
+        }
+        table = content["vae"]["embedding_table"]  # where it began is not known
+        content["agent"]["initial_embedding"] = table if args.discrete_embedding == "one-hot" else torch.tanh(table)
+        content["width"] = content["scale"]
+    plays = ("actor", "average_actor", "vae", "initial_embedding")
+    weights = {name: value for name, value in content["agent"].items() if name.split(".")[0] in plays}
+    agent.load_state_dict({**agent.state_dict(), **weights})
+    env.scale.center, env.scale.width = content["center"].numpy(), content["width"].numpy()
+    agent.scale = env.scale
     return agent
 
 
@@ -106,7 +125,7 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
         policy = "cloned actions (z = 0)" if args.cloned else "the policy"
         return plas_pixels.evaluate(agent, environments, seed), policy
     if isinstance(agent, hyar_td3.HyARTD3):
-        environments = [hyar_td3.make_env(agent.args.env_id) for _ in range(args.episodes)]
+        environments = [hyar_td3.make_env(agent.args, agent.scale) for _ in range(args.episodes)]
         policy = "the policy's moving average" if args.average else "the actor"
         return hyar_td3.evaluate(agent, environments, seed, average=args.average), policy
     try:

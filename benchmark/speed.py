@@ -123,7 +123,7 @@ class PlainHyARTD3:
             copy.deepcopy(network) for network in (agent.vae, agent.actor, agent.target_actor, agent.average_actor)
         )
         self.critics = separate_critics(agent.critic)
-        self.target_critics = separate_critics(agent.target_critics)
+        self.target_critics = separate_critics(agent.target_critic)
         self.actor_updates, rate = agent.actor_updates, self.args.learning_rate
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=rate, fused=True)
@@ -218,24 +218,23 @@ def twin_weights(twin: hyar_td3.TwinCritic) -> list[list[tuple[Tensor, Tensor]]]
     ]
 
 
-def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float, continuing_share: float) -> float:
+def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float) -> float:
     """Floating-point operations of the matrix products of one update cycle, from the layer sizes.
 
     A product of a row with a weight matrix costs 2 x inputs x outputs. A gradient by the weights costs as much again,
     and so does one by the inputs, which a network's first layer does not need (the actor needs it, of the critic's
     latent action alone). Everything else, such as biases, activations, Adam and the targets, counts as nothing: this is
-    the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder;
-    `continuing_share` has a next value, as no terminal step has.
+    the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder.
     """
-    hidden, observation, latent = 256, agent.observation_dim, agent.latent_dim
+    hidden, observation, latent = 256, agent.actor[0].in_features, agent.latent_dim
     condition, action = observation + agent.embedding_dim, agent.latent_action_dim
     square = hidden * hidden
-    encoder = (condition + agent.actions.parameter_dim + 2 * latent) * hidden + 2 * square
+    encoder = (condition + agent.mask.shape[1] + 2 * latent) * hidden + 2 * square
     decoder = (condition + latent + observation) * hidden + 3 * square  # the head of the state change included
     actor = (observation + action) * hidden + square
     critic_first, critic_rest = (observation + action) * hidden, square + hidden
     critic = critic_first + critic_rest
-    target = encoded_share * encoder + decoder + continuing_share * (actor + 2 * critic)
+    target = encoded_share * encoder + decoder + actor + 2 * critic
     critic_update = 2 * (2 * critic + critic_rest)
     actor_update = 2 * actor + square + action * hidden + critic + critic_rest + action * hidden
     rows = agent.args.batch_size
@@ -271,50 +270,56 @@ class LearningPhase:
         own = hyar_td3.Args(env_id="Platform-v0", random_episodes=args.random_episodes)
         own.total_timesteps = args.training_steps + (args.rounds + 1) * args.learning_steps
         own.learning_starts = min(own.learning_starts, own.total_timesteps)
-        self.env = hyar_td3.make_env(own.env_id)
-        self.args = hyar_td3.resolve(own, self.env)
-        self.agent = hyar_td3.HyARTD3(self.args, self.env, torch.device("cpu"))
-        self.no_run: Any = SimpleNamespace(progress=lambda *_: None, signal=0)  # random_phase looks at these alone
-        self.buffer = hyar_td3.random_phase(self.agent, self.env, self.args, self.no_run)
+        hyar_td3.check(own)
+        self.args = own
+        self.env = hyar_td3.make_env(own)
+        self.agent = hyar_td3.HyARTD3(own, self.env, CPU)
+        sizes = self.env.observation_dim, self.agent.latent_action_dim, self.env.parameter_dim
+        self.buffer = hyar_td3.ReplayBuffer(*sizes)
+        no_run: Any = SimpleNamespace(progress=lambda *_: None, signal=0)  # random_phase looks at these alone
+        hyar_td3.random_phase(self.env, self.buffer, own, no_run)
         for _ in range(args.vae_steps):
-            self.agent.update_vae(self.sample(self.args.vae_batch_size))
-        self.agent.update_latent_range(self.sample(self.args.latent_range_samples))
+            self.agent.update_vae(self.sample(own.vae_batch_size))
+        self.agent.update_latent_range(self.sample(hyar_td3.LATENT_RANGE_ROWS))
         self.episode = self.length = self.step = self.updates_due = 0
-        self.observation = hyar_td3.reset_episode(self.env, self.args, 0, self.no_run)
+        self.observation = self.reset()
         self.kept: list[Tensor] = []  # share of rows whose latent action needed no relabelling
 
     def sample(self, rows: int) -> hyar_td3.Batch:
         """Rows from all transitions, for the VAE."""
-        return self.buffer.sample(0, rows, self.agent.device)
+        return self.buffer.sample(0, rows, CPU)
+
+    def reset(self) -> np.ndarray:
+        """The first observation of the next episode."""
+        seed = hyar_td3.episode_seed(self.args.seed, self.args.random_episodes + self.episode)
+        return self.env.reset(seed=seed)[0]
 
     def run(self, steps: int) -> None:
         """Go on for so many environment steps."""
         agent, args, buffer = self.agent, self.args, self.buffer
-        scaled = agent.scale_observation(self.observation)
+        start = hyar_td3.EXPLORATION_NOISE_START
         for _ in range(steps):
             self.step += 1
             decay = min(1.0, self.episode / args.exploration_noise_episodes)
-            noise = args.exploration_noise_start + decay * (args.exploration_noise - args.exploration_noise_start)
-            latent_action, k, x = (value[0].numpy() for value in agent.act(scaled[None], noise))
-            observation, reward, terminated, truncated, _ = self.env.step(agent.actions.to_environment(int(k), x))
-            previous, scaled = scaled, agent.scale_observation(observation)
-            buffer.add(previous, latent_action, x, k, scaled, reward, terminated)
+            noise = start + decay * (args.exploration_noise - start)
+            latent_action, k, x = (value[0] for value in agent.act(self.observation[None], noise))
+            next_observation, reward, terminated, truncated, _ = self.env.step((int(k), x))
+            buffer.add(self.observation, latent_action, x, k, next_observation, reward, terminated)
+            self.observation = next_observation
             self.length += 1
             if self.step >= args.learning_starts:
                 self.updates_due += 2 if self.length == 1 else 1
                 while self.updates_due >= args.policy_frequency:
                     oldest = max(buffer.random_size, buffer.size - args.buffer_size)
                     rows = args.policy_frequency * args.batch_size
-                    self.kept.append(agent.update(buffer.sample(oldest, rows, agent.device))["kept_latent"])
+                    self.kept.append(agent.update(buffer.sample(oldest, rows, CPU))["kept_latent"])
                     self.updates_due -= args.policy_frequency
             if terminated or truncated:
                 self.episode, self.length = self.episode + 1, 0
-                if self.episode >= args.vae_update_start and self.episode % args.vae_update_episodes == 0:
+                if self.episode >= hyar_td3.VAE_UPDATE_START and self.episode % args.vae_update_episodes == 0:
                     agent.update_vae(self.sample(args.vae_batch_size))
-                    agent.update_latent_range(self.sample(args.latent_range_samples))
-                observation = hyar_td3.reset_episode(self.env, args, self.episode, self.no_run)
-                scaled = agent.scale_observation(observation)
-            self.observation = observation
+                    agent.update_latent_range(self.sample(hyar_td3.LATENT_RANGE_ROWS))
+                self.observation = self.reset()
 
 
 def measure_hyar_td3(args: Args) -> dict[str, Any]:
@@ -343,7 +348,7 @@ def measure_hyar_td3(args: Args) -> dict[str, Any]:
 
     agent, plain = phase.agent, PlainHyARTD3(phase.agent)
     rows, frequency = agent.args.policy_frequency * agent.args.batch_size, agent.args.policy_frequency
-    batch = phase.buffer.sample(phase.buffer.random_size, rows, agent.device)
+    batch = phase.buffer.sample(phase.buffer.random_size, rows, CPU)
     noise = torch.randn(rows, 2 * agent.latent_action_dim)
     left, right, out = torch.randn(128, 256), torch.randn(256, 256), torch.empty(128, 256)
     cycles, products = args.update_cycles, 10 * args.update_cycles
@@ -354,7 +359,7 @@ def measure_hyar_td3(args: Args) -> dict[str, Any]:
     })  # fmt: skip
     product_rate = 2.0 * 128 * 256 * 256 * products / seconds_of["product"]
     encoded = 1.0 - float(torch.stack(phase.kept[-100:]).mean())
-    operations = operations_per_update(agent, encoded, 1.0 - float(batch.terminated.mean()))
+    operations = operations_per_update(agent, encoded)
     updates: dict[str, Any] = {
         name: {
             "updates_per_second": frequency * cycles / seconds_of[name],

@@ -28,6 +28,7 @@ BENCHMARK = ROOT / "benchmark"
 sys.path[:0] = [str(ROOT), str(BENCHMARK)]
 
 import evaluate  # noqa: E402
+import latent  # noqa: E402
 import plas_data  # noqa: E402
 import plas_study  # noqa: E402
 import plot  # noqa: E402
@@ -381,20 +382,22 @@ def test_array_template_has_its_options_before_any_command():
 def agent():
     """An agent whose latent range has been set, so that some rows are relabelled and others are not."""
     torch.manual_seed(0)
-    env = hyar_td3.make_env("Platform-v0")
-    agent = hyar_td3.HyARTD3(hyar_td3.resolve(hyar_td3.Args(), env), env, torch.device("cpu"))
+    args = hyar_td3.Args()
+    hyar_td3.check(args)
+    agent = hyar_td3.HyARTD3(args, hyar_td3.make_env(args), torch.device("cpu"))
     agent.update_latent_range(batch_of(agent, 500))
     agent.vae.state_error.fill_(0.133)  # a fifth of the typical error of an untrained VAE on these rows
     return agent
 
 
 def batch_of(agent, rows):
-    observation, next_observation = torch.rand(2, rows, agent.observation_dim).mul_(2.0).sub_(1.0)
-    k = torch.randint(agent.actions.num_actions, (rows,))
+    num_actions, parameter_dim = agent.mask.shape
+    observation, next_observation = torch.rand(2, rows, agent.actor[0].in_features).mul_(2.0).sub_(1.0)
+    k = torch.randint(num_actions, (rows,))
     latent_action = torch.rand(rows, agent.latent_action_dim).mul_(2.0).sub_(1.0)
     fresh = torch.rand(rows) < 0.5
     latent_action[fresh, : agent.embedding_dim] = agent.vae.discrete_embedding().detach()[k[fresh]]
-    x = torch.rand(rows, agent.actions.parameter_dim).mul_(2.0).sub_(1.0)
+    x = torch.rand(rows, parameter_dim).mul_(2.0).sub_(1.0)
     terminated = (torch.rand(rows) < 0.2).float()
     return hyar_td3.Batch(observation, latent_action, x, k, next_observation, torch.randn(rows), terminated)
 
@@ -412,7 +415,7 @@ def test_plain_update_gives_the_fast_ones_weights(agent):
         losses = agent.update(batch, noise)
         plain.update(batch, noise)
         assert 0.1 < losses["kept_latent"] < 0.9 and 0.1 < losses["kept_embedding"] < 0.9
-    fast_critics, fast_targets = speed.separate_critics(agent.critic), speed.separate_critics(agent.target_critics)
+    fast_critics, fast_targets = speed.separate_critics(agent.critic), speed.separate_critics(agent.target_critic)
     assert (flat(plain.actor, plain.critics) - before).abs().max() > 1e-3
     for ours, theirs, tolerance in (
         (agent.actor, plain.actor, 1e-5), (fast_critics, plain.critics, 1e-5),
@@ -427,8 +430,7 @@ def test_operations_are_those_that_pytorch_counts(agent):
     batch, noise = batch_of(agent, rows), torch.randn(rows, 2 * agent.latent_action_dim)
     with FlopCounterMode(display=False) as counter:
         losses = agent.update(batch, noise)
-    encoded, continuing = 1.0 - float(losses["kept_latent"]), 1.0 - float(batch.terminated.mean())
-    counted = speed.operations_per_update(agent, encoded, continuing)
+    counted = speed.operations_per_update(agent, 1.0 - float(losses["kept_latent"]))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -481,7 +483,7 @@ def trained(tmp_path_factory):
     """The folder of a very short run."""
     args = hyar_td3.Args(
         runs_dir=str(tmp_path_factory.mktemp("runs")), run_name="tiny", total_timesteps=150, random_episodes=20,
-        vae_pretrain_steps=5, latent_range_samples=50, eval_frequency=75, eval_episodes=2, seed=3,
+        vae_pretrain_steps=5, eval_frequency=75, eval_episodes=2, seed=3,
     )  # fmt: skip
     folder = hyar_td3.main(args)
     torch.use_deterministic_algorithms(False)
@@ -492,30 +494,51 @@ def test_evaluate_plays_the_saved_policy(trained, capsys):
     evaluate.main(evaluate.Args(trained, model="model.pt", episodes=5, average=False))
     printed = capsys.readouterr().out
     agent = evaluate.load_agent(trained / "model.pt")
-    environments = [hyar_td3.make_env("Platform-v0") for _ in range(5)]
+    environments = [hyar_td3.make_env(agent.args, agent.scale) for _ in range(5)]
     result = hyar_td3.evaluate(agent, environments, hyar_td3.episode_seed(12345, 3, stream=3))
     assert f"return {result['episodic_return']:.3f} ± {result['return_std']:.3f}, success rate 0.000" in printed
     content = torch.load(trained / "model.pt", weights_only=True)
-    assert torch.equal(flat(agent.actor), torch.cat([value.flatten() for value in content["actor"].values()]))
+    saved = [value.flatten() for name, value in content["agent"].items() if name.startswith("actor.")]
+    assert torch.equal(flat(agent.actor), torch.cat(saved))
 
 
 def test_evaluate_plays_a_model_with_another_critic(trained, tmp_path):
+    """Also one from before the agent was a module, with options that are gone, and without an average."""
     content = torch.load(trained / "model.pt", weights_only=True)
-    torch.save({**content, "critic": {"layer.weight": torch.zeros(2, 2)}}, tmp_path / "model.pt")
-    agent, wanted = (evaluate.load_agent(folder / "model.pt") for folder in (tmp_path, trained))
-    assert torch.equal(flat(agent.actor), flat(wanted.actor)) and torch.equal(flat(agent.vae), flat(wanted.vae))
+    wanted = evaluate.load_agent(trained / "model.pt")
+    older = {"center": content["center"], "scale": content["width"]}
+    for part, prefix in (("actor", "network."), ("vae", "")):
+        state = getattr(wanted, part).state_dict()
+        older[part] = {f"{prefix}{name}": value for name, value in state.items()}
+    older["arguments"] = json.dumps(json.loads(content["arguments"]) | {"latent_range_samples": 5_000})
+    other = {**content["agent"], "critic.weight1": torch.zeros(2, 2)}
+    for changed in (older, {**content, "agent": other}):
+        torch.save(changed, tmp_path / "model.pt")
+        agent = evaluate.load_agent(tmp_path / "model.pt")
+        assert torch.equal(flat(agent.actor), flat(wanted.actor)) and torch.equal(flat(agent.vae), flat(wanted.vae))
+        assert (agent.scale.width == wanted.scale.width).all() and (agent.scale.center == wanted.scale.center).all()
+        average = wanted.actor if changed is older else wanted.average_actor
+        assert torch.equal(flat(agent.average_actor), flat(average))
+
+
+def test_latent_draws_what_the_latent_space_holds(trained, capsys):
+    latent.main(latent.Args(trained))
+    paths = [trained / f"{name}.png" for name in ("latent_alternatives", "latent_interpolation", "embedding")]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    for path in paths:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
 
 
 def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
     seeds = []
-    make_env = hyar_td3.make_env
+    reset = hyar_td3.HybridEnv.reset
 
-    class Recorder(gym.Wrapper):
-        def reset(self, *, seed=None, options=None):
-            seeds.append(seed)
-            return self.env.reset(seed=seed, options=options)
+    def recorded(env, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(env, seed=seed, options=options)
 
-    monkeypatch.setattr(hyar_td3, "make_env", lambda env_id: Recorder(make_env(env_id)))
+    monkeypatch.setattr(hyar_td3.HybridEnv, "reset", recorded)
     for seed in (12345, 3):  # also with the run's own seed
         evaluate.main(evaluate.Args(trained, episodes=20, seed=seed))
     used = {hyar_td3.episode_seed(3, i, stream) for i in range(1_000) for stream in (0, 1, 2)}

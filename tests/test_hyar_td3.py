@@ -103,7 +103,7 @@ class ToyEnv(gym.Env):
         reward = 1.0 - abs(x - self.target) if k == self.wanted else 0.0
         self.taken, self.last = self.taken + 1, float(self.last + x) / 2
         self.draw()
-        over = self.over = self.taken == (ToyEnv.early or self.length)
+        over = self.over = self.taken == (self.early or self.length)
         observation = self.observe()
         if self.break_at and self.number == self.breaks and self.total == self.break_at[1]:
             if self.break_at[0] == "reward":
@@ -177,6 +177,22 @@ class InPlaceToyEnv(ToyEnv):
         return self.buffer
 
 
+class OddEnv(ToyEnv):
+    """Changes what is returned: `of_step` the five values of a step, `of_reset` an observation and an info."""
+
+    of_step: ClassVar[Callable] = staticmethod(lambda *values: values)
+    of_reset: ClassVar[Callable] = staticmethod(lambda *values: values)
+
+    def __init__(self, **kwargs):
+        super().__init__(length=7, truncate=True, unbounded=True, **kwargs)
+
+    def reset(self, **kwargs):
+        return OddEnv.of_reset(*super().reset(**kwargs))
+
+    def step(self, action):
+        return OddEnv.of_step(*super().step(action))
+
+
 class SpacesEnv(gym.Env):
     """Has spaces, and need not have more, as it should be refused for them."""
 
@@ -195,6 +211,7 @@ gym.register("ToyParameterless-v0", entry_point=ParameterlessToyEnv)
 gym.register("ToyMatrix-v0", entry_point=MatrixToyEnv)
 gym.register("ToyBare-v0", entry_point=BareToyEnv)
 gym.register("ToyInPlace-v0", InPlaceToyEnv, kwargs={"length": 7, "truncate": True, "unbounded": True})
+gym.register("ToyOdd-v0", OddEnv)
 gym.register("ToyUnrepeatable-v0", entry_point=ToyEnv, kwargs={"length": 7, "repeatable": False})
 BOX2 = Box(-1, 1, (2,))
 REFUSED_SPACES = {  # id -> action space, observation space, what the message has to say
@@ -254,6 +271,7 @@ def no_pictures(monkeypatch):
     """Drawing is most of a tiny run's time; the smoke test looks at real pictures."""
     blank = Image.new("RGB", (8, 8))
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: blank.save(file, format="png"))
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: None)
 
 
 @pytest.fixture
@@ -512,8 +530,7 @@ def test_a_saved_model_can_be_used_alone(env_id, tmp_path, no_pictures):
     args, env = Args(**json.loads(content.pop("arguments"))), make_env(env_id)
     torch.manual_seed(999)
     agent = HyARTD3(args, env, CPU)
-    missing, unexpected = agent.load_state_dict(content["agent"], strict=False)
-    assert not unexpected and all(name.startswith("target_") for name in missing)
+    agent.load_state_dict(content["agent"])
     env.scale.center, env.scale.width = content["center"].numpy(), content["width"].numpy()
     environments = [hyar_td3.make_env(args, env.scale) for _ in range(args.eval_episodes)]
     metrics = hyar_td3.evaluate(agent, environments, args.seed)
@@ -1635,7 +1652,7 @@ def test_nothing_can_be_left_out_of_a_checkpoint(key, checkpoint, tmp_path, no_p
     change(checkpoint, without)
     capsys.readouterr()
     assert exit_status(tiny(tmp_path, resume=True)) == 2
-    assert_one_line(capsys, "checkpoint.pt is damaged", inner if part != "agent" else "Missing key")
+    assert_one_line(capsys, "checkpoint.pt is damaged", inner if part != "agent" else "loading state_dict")
 
 
 FRESH = {  # what the start of a run would have in the place of each field that learning depends on
@@ -1863,7 +1880,7 @@ BAD_VALUES = [
     {"vae_batch_size": -64}, {"discrete_latent_dim": 0}, {"parameter_latent_dim": -1}, {"vae_update_episodes": 0},
     {"exploration_noise_episodes": 0}, {"max_episode_steps": 0}, {"learning_starts": -1}, {"vae_pretrain_steps": -1},
     {"learning_rate": -1e-3}, {"vae_learning_rate": float("nan")}, {"gamma": 1.5}, {"gamma": -0.1}, {"tau": 2.0},
-    {"policy_average": 5.0}, {"seed": 2**64},
+    {"policy_average": 5.0}, {"seed": 2**64}, {"learning_rate": 1e39}, {"policy_noise": 1e39},
     {"kl_weight": float("inf")}, {"noise_clip": -0.5}, {"latent_range_tail": 0.6}, {"seed": -1},
     {"exploration_noise": -0.1}, {"relabel_threshold": -1.0},
 ]  # fmt: skip
@@ -1974,7 +1991,6 @@ def test_tracking_without_wandb_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert exit_status(tiny(tmp_path, track=True)) == 2
     assert_one_line(capsys, "--track needs wandb", "pip install wandb")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("names", [("one",), ("a", "b"), lambda: None, None])
@@ -2025,6 +2041,160 @@ def test_a_loss_that_is_not_finite_ends_the_run(changes, env_id, tmp_path, no_pi
         state = torch.load(path, weights_only=True)
         assert state["step"] < 150
         assert all(value.isfinite().all() for value in tensors(state["agent"]).values())
+
+
+# --- environments as others write them ---
+HARMLESS = {
+    "arrays": (
+        lambda o, *rest: (o[None], *rest),
+        lambda o, r, te, tr, i: (o[None], np.array([r]), np.array([te]), tr, i),
+    ),
+    "lists": (lambda o, *rest: (o.tolist(), *rest), lambda o, r, te, tr, i: (o.tolist(), [r], te, tr, i)),
+    "tensors": (
+        lambda o, *rest: (torch.tensor(o), *rest),
+        lambda o, r, te, tr, i: (torch.tensor(o), torch.tensor(r), torch.tensor(te), torch.tensor([tr]), i),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*WARN")
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_is_harmless_is_converted(kind, reference, tmp_path, no_pictures, monkeypatch):
+    for name, function in zip(("of_reset", "of_step"), HARMLESS[kind], strict=True):
+        monkeypatch.setattr(OddEnv, name, staticmethod(function))
+    result = outcome(hyar_td3.main(tiny(tmp_path, env_id="ToyOdd-v0")))
+    assert not [name for name in differences(result, reference) if name.endswith("csv") or "/agent/" in name]
+
+
+REFUSED_VALUES = {  # name -> which function returns what, and what the message says
+    "two rewards": ("of_step", lambda o, r, *rest: (o, [r, r], *rest), "reward [0. 0.]"),
+    "no reward": ("of_step", lambda o, r, *rest: (o, None, *rest), "reward nan"),
+    "a word": ("of_step", lambda o, r, *rest: (o, "much", *rest), "much"),
+    "beyond float32": ("of_step", lambda o, r, *rest: (o, 1e39, *rest), "reward 1e+39 is not a finite number"),
+    "infinite": ("of_step", lambda o, r, *rest: (o, -math.inf, *rest), "reward -inf is not a finite number"),
+    "four values": ("of_step", lambda o, r, te, tr, i: (o, r, te or tr, i), "expected 5, got 4"),
+    "a large observation": ("of_reset", lambda o, i: (np.array([0, 1e39, 0, 0]), i), "expected 4 finite numbers"),
+    "another size": ("of_step", lambda o, *rest: (np.zeros(5, np.float32), *rest), "expected 4 finite numbers"),
+    "no info": ("of_reset", lambda o, i: o, "does not work"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*WARN")
+@pytest.mark.parametrize("kind", REFUSED_VALUES)
+def test_what_cannot_be_converted_is_refused_before_anything_is_created(kind, tmp_path, capsys, monkeypatch):
+    name, function, part = REFUSED_VALUES[kind]
+    monkeypatch.setattr(OddEnv, name, staticmethod(function))
+    refused(capsys, tmp_path, "ToyOdd-v0", part, env_id="ToyOdd-v0", **TINY)
+
+
+def test_a_second_instance_that_cannot_be_made_is_refused(tmp_path, capsys):
+    """A simulator with one port."""
+
+    class OnePort(ToyEnv):
+        def __init__(self, render_mode=None):
+            super().__init__()
+            if self.number > 0:
+                raise OSError("port 5555 is in use")
+
+    gym.register("ToyOnePort-v0", OnePort)
+    try:
+        refused(capsys, tmp_path, "ToyOnePort-v0", "port 5555 is in use", env_id="ToyOnePort-v0", **TINY)
+    finally:
+        del gym.registry["ToyOnePort-v0"]
+
+
+@pytest.mark.parametrize(("infos", "rate"), [
+    ([{}, {}], math.nan),
+    ([{"is_success": True}, {}], 0.5),
+    ([{"is_success": np.array([True])}, {"is_success": np.array([False])}, {}, {}], 0.25),
+    ([{"success": True}, {"success": torch.tensor(True)}, {"success": 0.0}], 2 / 3),
+    ([{"is_success": False, "success": True}], 0.0),
+])  # fmt: skip
+def test_success_is_known_by_any_form_of_it(infos, rate, monkeypatch):
+    environments = [make_env("ToyOdd-v0") for _ in infos]
+    last = {id(env.unwrapped): info for env, info in zip(environments, infos, strict=True)}
+    step = ToyEnv.step
+
+    def told(env, action):
+        *values, truncated, _ = step(env, action)
+        return *values, truncated, last[id(env)] if truncated else {}
+
+    monkeypatch.setattr(OddEnv, "step", told)
+    found = hyar_td3.evaluate(make_agent("ToyOdd-v0"), environments, seed=1)["success_rate"]
+    assert found == pytest.approx(rate, nan_ok=True)
+
+
+def test_the_time_limit_can_be_chosen(tmp_path, no_pictures):
+    gym.register("ToyEndless-v0", ToyEnv, kwargs={"length": 10**9})
+    try:
+        folder = hyar_td3.main(tiny(tmp_path, env_id="ToyEndless-v0", max_episode_steps=5, total_timesteps=60))
+    finally:
+        del gym.registry["ToyEndless-v0"]
+    assert all(row["episodic_length"] == 5 for row in evaluations(folder))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_episode_without_an_end_ends_the_run(number, tmp_path, no_pictures, capsys, monkeypatch):
+    """In the random phase and in an evaluation; so that it is quick, counting begins late."""
+    gym.register("ToyEndless-v0", ToyEnv, kwargs={"length": 10**9})
+    reset = hyar_td3.Door.reset
+
+    def late(door, **options):
+        result = reset(door, **options)
+        if door.unwrapped.number == number:
+            door.steps = 99_990
+        return result
+
+    monkeypatch.setattr(hyar_td3.Door, "reset", late)
+    if number == 1:  # the training environment's episodes end
+        monkeypatch.setattr(ToyEnv, "early", property(lambda env: 7 if env.number == 0 else 0))
+    try:
+        assert exit_status(tiny(tmp_path, env_id="ToyEndless-v0")) == 1
+    finally:
+        del gym.registry["ToyEndless-v0"]
+    assert_one_line(capsys, "100,000 steps without an end", "reset seed", "--max-episode-steps")
+
+
+def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
+    def hang() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.2)  # it does not stop before this step is done
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60.0)
+
+    def play() -> int:
+        at_training_step(50, hang)
+        return exit_status(tiny(tmp_path))
+
+    started = time.monotonic()
+    assert in_a_fork(play) == 128 + signal.SIGINT
+    assert time.monotonic() - started < 60.0
+
+
+def test_pictures_that_cannot_be_made_are_a_warning(tmp_path, no_pictures, capsys, monkeypatch):
+    """Not the loss of a training that is done: videos of pictures that grow, and a picture that fails."""
+    monkeypatch.setattr(ToyEnv, "render", lambda self: np.zeros((64 + 2 * self.taken, 64, 3), np.uint8))
+    monkeypatch.setattr(hyar_td3, "draw_latent_action_map", lambda *_: 1 / 0)
+    folder = hyar_td3.main(tiny(tmp_path, capture_video=True, total_timesteps=40))
+    printed = capsys.readouterr().out
+    assert "warning: film failed" in printed and "warning: draw failed (ZeroDivisionError" in printed
+    assert (folder / "model.pt").exists() and torch.load(folder / "checkpoint.pt", weights_only=True)["finished"]
+
+
+def test_a_module_beside_the_user_is_found(tmp_path, monkeypatch):
+    code = f"import gymnasium\nfrom {__name__} import ToyEnv\ngymnasium.register('Beside-v0', ToyEnv)\n"
+    (tmp_path / "beside_me.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert make_env("beside_me:Beside-v0").num_actions == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("batch_size", 10**9), ("eval_episodes", 10**10), ("parameter_latent_dim", 10**9), ("random_episodes", 10**13)],
+)
+def test_sizes_that_no_memory_holds_are_refused(flag, value, tmp_path, capsys):
+    refused(capsys, tmp_path, "GB of memory", f"lower --{flag.replace('_', '-')}", **{flag: value})
 
 
 # --- the command line ---
