@@ -1177,11 +1177,10 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
-            low, high, flag = least.get(name, 0), most.get(name, limit), f"--{name.replace('_', '-')}"
-            if not value >= low:  # nan is not, either
-                raise ValueError(f"{flag} {value}: a number of at least {low} expected")
-            if value > high:
-                raise ValueError(f"{flag} {value}: a number of at most {high} expected")
+            low, high = least.get(name, 0), most.get(name, limit)
+            if not low <= value <= high:  # nan is not, either
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def set_up_torch(args: Args) -> torch.device:
@@ -1220,36 +1219,35 @@ class Run:
         self.name = re.sub(r"[/\\:]", "-", name)
         if self.name in (".", "..") or not self.name.isprintable() or len(os.fsencode(self.name)) > 200:
             usage_error(f"--run-name {name[:50]!r}: expected a plain folder name of at most 200 bytes")
-        while not args.run_name and (Path(args.runs_dir) / self.name).exists():
-            self.name += "_"  # another run began in this second
-        self.folder = Path(args.runs_dir) / self.name
         self.settings = {k: v for k, v in asdict(args).items() if k not in ("resume", "runs_dir", "run_name")}
         self.eval_rows: list[dict[str, float]] = []
         self.signal, self.signal_time, self.at_once, self.wandb, self.checkpoint = 0, 0.0, False, None, None
+        self.folder = Path(args.runs_dir) / self.name
         try:
-            found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-            if self.folder.exists() and not args.resume:
-                raise FileExistsError
+            while not args.run_name and self.folder.exists():
+                self.name += "_"  # another run began in this second
+                self.folder = Path(args.runs_dir) / self.name
+            found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
                 usage_error(f"{self.folder} exists but is not a run folder; choose another --run-name")
             self.folder.mkdir(parents=True, exist_ok=args.resume)
             self.take_lock()
             if args.resume:
                 self.load_checkpoint()
-            step = self.checkpoint["step"] if self.checkpoint else -1
-            if self.checkpoint is None:
+            step = self.checkpoint["step"] if self.checkpoint else 0
+            if not self.checkpoint:
                 self.describe()
-            # What a killed run wrote after its last checkpoint is written again.
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            # What a killed run wrote after its last checkpoint is purged: it is written again.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if self.checkpoint else 0)
+            if args.track:
+                self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
         except OSError as error:  # a full or read-only disk, somebody else's folder
             usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
-        if args.track:
-            self.start_wandb(args)
-        self.bar = tqdm(total=args.total_timesteps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
-        self.window_step = max(step, 0)
+        self.window_step = step
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
@@ -1272,11 +1270,9 @@ class Run:
         with contextlib.suppress(OSError):  # no git here
             git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-        about = {
-            "script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit,
-            "python": sys.version.split()[0],
-            "packages": {d.name: d.version for d in importlib.metadata.distributions()},
-        }  # fmt: skip
+        packages = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = {"script": Path(__file__).stem, "arguments": self.settings, "command": sys.argv, "commit": commit}
+        about |= {"python": sys.version.split()[0], "packages": packages}
         write_atomically(self.folder / "args.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
@@ -1334,11 +1330,10 @@ class Run:
             self.shown = now
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                done = f"step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s"
-                self.say(f"{self.name}: {done}, {text}")
+                self.say(f"{self.name}: step {step:,} of {self.bar.total:,}, {now - self.started:.0f} s, {text}")
 
     def steps_per_second(self, step: int) -> float:
-        """Environment steps per second since the last call."""
+        """Steps per second since the last call."""
         then, self.window_time = self.window_time, time.monotonic()
         steps, self.window_step = step - self.window_step, step
         return steps / max(self.window_time - then, 1e-9)
@@ -1404,16 +1399,17 @@ class Run:
     def load_checkpoint(self) -> None:
         """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
+        finished = False
         try:
             if path.exists():
                 if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
-                self.eval_rows, finished = self.checkpoint["eval_rows"], self.checkpoint["finished"]
+                self.eval_rows, finished, _ = (self.checkpoint[name] for name in ("eval_rows", "finished", "step"))
             elif about.exists():
                 recorded = json.loads(about.read_text())
-                script, arguments, finished = recorded["script"], dict(recorded["arguments"]), False
+                script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
         except Exception as error:  # a damaged file raises nearly anything
@@ -1438,7 +1434,6 @@ class Run:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
             self.write_evaluations()  # a killed run may have written further
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            self.close()
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
@@ -1448,7 +1443,7 @@ class Run:
 
     def stop(self) -> NoReturn:
         """End the run after a signal, with the status that a shell gives it (143 or 130)."""
-        self.close()
+        self.bar.close()
         print(f"stopped by signal {self.signal}; continue with --run-name {self.name} --resume", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
@@ -1470,19 +1465,8 @@ class Run:
         """The run itself."""
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        """Close everything. A RunError and a full disk end in one line and status 1."""
-        self.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
-        if isinstance(error, RunError):
-            path = self.folder / "checkpoint.pt"
-            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
-            raise SystemExit(1) from None
-
-    def close(self) -> None:
-        """Close the bar and the loggers and give the signals back."""
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()
@@ -1491,6 +1475,13 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            error = RunError(f"cannot write to {self.folder}: {error.strerror}")
+        if isinstance(error, RunError):
+            path = self.folder / "checkpoint.pt"
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print("error:", *f"{error}; {last}".split(), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 # --- end of the same text ---
