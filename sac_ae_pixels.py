@@ -715,7 +715,7 @@ def main(args: Args) -> Path:
                 actions, saved_observation = buffer.current_episode()
             observation = replayed(env, episode_seed(args.seed, episode), actions)
             if not np.array_equal(observation, saved_observation):
-                run.say(f"warning: episode {episode} does not replay to the saved observation; the next one begins")
+                run.say(f"warning: episode {episode} does not replay to the saved observation; going on with the next")
                 episode, episode_return = episode + 1, 0.0
                 observation = start_episode()
 
