@@ -393,6 +393,23 @@ def test_a_truncated_file_is_refused(tmp_path):
         load(tmp_path / "data.npz", env_of(4, 5))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_file_that_is_damaged_anywhere_is_refused_with_a_line(compressed, tmp_path):
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "data.npz", **numbered([3]))
+    content, generator = (tmp_path / "data.npz").read_bytes(), np.random.default_rng(0)
+    refusals = 0
+    for place in generator.integers(0, len(content), 150):
+        damaged = bytearray(content)
+        damaged[place] ^= int(generator.integers(1, 256))
+        (tmp_path / "data.npz").write_bytes(damaged)
+        try:
+            load(tmp_path / "data.npz", env_of(4, 5))
+        except ValueError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 100
+
+
 FOREIGN = {
     "v_d4rl_84px.hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100), "table.csv": b"image,action\n1,2\n", "empty.npz": b"",
     "array.npy": b"\x93NUMPY\x01\x00" + bytes(100),
