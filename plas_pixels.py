@@ -915,7 +915,7 @@ def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[st
             made_with = {name: file[name].item() for name in settings if name in file}
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: it is encrypted
         raise ValueError(f"{path} is not an npz file ({type(error).__name__}); restore it") from None
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         objects = "holds Python objects" if "allow_pickle" in str(error) else f"is damaged ({error})"
         raise ValueError(f"{path} {objects}; save plain arrays of numbers") from None
     check_settings(path, made_with, env)
@@ -934,6 +934,13 @@ def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[st
         need(dtype is not bool or (columns[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
     need(rows[0] > 0, f"{path} has no rows")
     return {**columns, **find_episodes(path, columns)}, made_with
+
+
+def unpacked_size(path: Path) -> int:
+    """Bytes of an npz file's arrays; 0 if it is none or damaged, which `read_file` says."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+    return 0
 
 
 def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -982,11 +989,10 @@ def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
     for file in files:
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
-    archives = [zipfile.ZipFile(file).infolist() for file in files if zipfile.is_zipfile(file)]
-    check_memory({str(path): 2 * sum(entry.file_size for archive in archives for entry in archive)})
+    check_memory({str(path): 2 * sum(unpacked_size(file) for file in files)})  # twice, where parts are joined
     parts, settings = zip(*[read_file(file, env) for file in files], strict=True)
     names = ("image", "is_first", "action", "reward", "discount")
-    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}  # twice at most
+    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}
     if np.nan_to_num(columns["action"][columns["is_first"]]).any(1).mean() > 0.5:
         order = "as in D4RL, where a row's action comes after its picture; here it comes before (see the docs)"
         print(f"warning: {path}: the first rows of episodes hold actions, {order}", file=sys.stderr)
@@ -1070,7 +1076,7 @@ def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
     same = np.array_equal(picture[-3:], dataset.images[0].numpy())
     for action, reward in zip(dataset.action[:5].numpy(), dataset.reward[:5].tolist(), strict=True):
         _, now, terminated, truncated, _ = env.step(action)
-        same = same and np.float32(now) == reward
+        same = same and np.isclose(now, reward, rtol=1e-4, atol=1e-5)
         if terminated or truncated:
             break
     return same
@@ -1090,9 +1096,10 @@ def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
             make_dataset(path, kind, args, env)
         dataset, digest, made_with = load(path, env)
     except OSError as error:
-        raise ValueError(f"cannot read or write {path}: {error.strerror}; choose another --dataset") from None
+        raise ValueError(f"cannot read or write {path}: {error.strerror or error}; choose another --dataset") from None
     if kind and found:
-        print(f"using {path}, collected by {made_with.get('collect', 'somebody')}; remove it to collect it anew")
+        maker = f", collected by {made_with['collect']}" if "collect" in made_with else ""
+        print(f"using {path}{maker}; remove it to collect it anew")
         if "first_seed" in made_with and not is_reproduced(dataset, env, made_with["first_seed"]):
             changed = f"warning: {args.env_id} does not do what {path} holds: its code has changed, or how it is drawn"
             print(f"{changed}; remove that file to collect it anew", file=sys.stderr)

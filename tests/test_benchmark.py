@@ -580,9 +580,11 @@ def test_evaluate_plays_offline_agents_and_what_they_cloned(policy, tmp_path, mo
     agent = plas_pixels.PLAS(args, environments[0], torch.device("cpu"))
     torch.save({"agent": agent.state_dict(), "arguments": json.dumps(asdict(args))}, tmp_path / "model.pt")
     own = plas_pixels.evaluate(agent, environments, 3)
-    given, step = [], plas_pixels.PixelEnv.step
+    given, step = [], plas_pixels.PixelEnv.step  # but for the actions of 0 that environments are tried with
     monkeypatch.setattr(
-        plas_pixels.PixelEnv, "step", lambda self, a: (given.append((self.observation, a)), step(self, a))[1]
+        plas_pixels.PixelEnv,
+        "step",
+        lambda self, a: (given.append((self.observation, a)) if a.any() else None, step(self, a))[1],
     )
     played = {"model": "model.pt", "episodes": 2, "own_episodes": True}
     evaluate.main(evaluate.Args(tmp_path, **played))
