@@ -774,7 +774,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         args, sizes = (json.loads(content[name]) for name in ("arguments", "sizes"))
-        model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
+        with torch.random.fork_rng([]):  # first weights are drawn, which are not kept
+            model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
         model.load_state_dict(content["agent"])
     except FileNotFoundError:
         raise ValueError(f"there is no model {path}; a run writes model.pt at its end, best_model.pt before") from None
@@ -902,18 +903,18 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
     n, start = len(agents), int(env.action_space(agents[0]).start)
     while len(table) < rows:
         views, infos = env.reset(seed=episode_seed(seed, episode))
-        now = {agent: see(env, agent, views[agent], infos.get(agent, {})) for agent in env.agents}
+        now = {agent: see(env, agent, views[agent], infos.get(agent) or {}) for agent in env.agents}
         previous = np.full(n, -1)
         for t in range(max_cycles):
             if stuck := [agent for agent, (_, legal) in now.items() if not legal.any()]:
                 raise ValueError(f"{stuck[0]} has no legal action at step {t} of game {episode}")
             chosen = {agent: int(generator.choice(np.flatnonzero(legal))) for agent, (_, legal) in now.items()}
-            if not chosen:
+            if not chosen or len(table) >= rows:
                 break
             views, rewards, ended, cut, infos = env.step({agent: k + start for agent, k in chosen.items()})
             # Some games show nothing any more to those who have left: their last view stays.
             shown = [agent for agent in dict.fromkeys([*chosen, *env.agents]) if agent in views or agent in env.agents]
-            then = now | {agent: see(env, agent, views[agent], infos.get(agent, {})) for agent in shown}
+            then = now | {agent: see(env, agent, views[agent], infos.get(agent) or {}) for agent in shown}
             paid = np.array([np.asarray(rewards.get(agent, 0.0), float).item() for agent in agents])
             joint = np.array([chosen.get(agent, -1) for agent in agents])
             for agent, action in chosen.items():
@@ -922,8 +923,8 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
                     "obs": now[agent][0], "next_obs": then[agent][0], "action": action, "action_mask": now[agent][1],
                     "t": t, "episode": episode, "agent": i, "prev_actions": np.roll(previous, -i),
                     "joint_action": np.roll(joint, -i), "reward": paid[i], "rewards": np.roll(paid, -i),
-                    "terminated": ended.get(agent, agent not in shown),
-                    "truncated": cut.get(agent, False) or t == max_cycles - 1,
+                    "terminated": bool(ended.get(agent, agent not in shown)),
+                    "truncated": bool(cut.get(agent, False)) or t == max_cycles - 1,
                 })  # fmt: skip
             now, previous = {agent: then[agent] for agent in env.agents}, joint
         if not table or table[-1]["episode"] != episode:
