@@ -219,7 +219,7 @@ def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Trans
         print(f"collecting {rows:,} transitions into {path}")
         games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
         records.save_records(path, games)
-    arrays, meta = records.read_records(path, RECORD_FIELDS)
+    arrays, meta = records.read_records(path, RECORD_FIELDS[:-1])  # few games can't be split, nor need they be
     if meta["env_kwargs"] != {**rules, "max_cycles": args.max_cycles} or len(arrays["obs"]) != rows:
         raise ValueError(f"{path} does not hold the games that its name says; remove it, and they are collected anew")
     return to_transitions(arrays, str(path))
@@ -982,7 +982,7 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
     wrong = (frame != data.next_obs).flatten(1).any(1)
     mispaid = ((rewards - data.rewards).abs() > game.same_reward).any(1)
     ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
-    figure = Figure(figsize=(9.0, 3.2 * len(frame)), layout="constrained")
+    figure = Figure(figsize=(9.0, 3.4 * len(frame)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(frame), 3, squeeze=False)):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (data.rewards, rewards))
