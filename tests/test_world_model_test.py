@@ -871,7 +871,8 @@ def test_a_module_that_ends_the_program_is_refused(tmp_path, capsys):
 
 def test_a_function_that_fails_late_or_writes_into_its_inputs(tmp_path, capsys):
     (tmp_path / "theirs.py").write_text(
-        "def late(obs, actions):\n    return obs, 0.0 * actions if len(obs) > 8 else 1 / 0\n"
+        "calls = []\n"
+        "def late(obs, actions):\n    calls.append(1)\n    return obs, 0.0 * actions if len(calls) < 2 else 1 / 0\n"
         "def writes(obs, actions):\n    actions[:] = 99\n    return obs, 0.0 * actions\n"
     )
     sys.modules.pop("theirs", None)
