@@ -7,8 +7,8 @@
 Reads the run folders that `benchmark/world_model_test.sh` names, `world_model_test-<row>__<seed>`. Writes to
 benchmark/results/world_model_test/: `<row>__<seed>.json` (a run's `metrics.json`), `table.md` (means and standard
 deviations over seeds), `events.md` (rewards by event) and `steps.png` (violations and roll-outs of each row). What the
-folder already holds of other runs stays there. With `--run-name`, only that run's `summary.png` is drawn, into its folder:
-broken rules of the most likely and the drawn frames beside a copied one's, and frames that are right in a roll-out.
+folder already holds of other runs stays there. With `--run-name`, only that run's `summary.png` is drawn, into its
+folder: broken rules of the most likely and the drawn frames beside a copied one's, and frames right in a roll-out.
 """
 
 import json
