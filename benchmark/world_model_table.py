@@ -118,7 +118,9 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
     bars, curve = figure.subplots(1, 2)
     names = [name for name in result["mode"] if name.startswith("violation ")]
     for i, kind in enumerate(kind for kind in ("mode", "sample", "copy") if result[kind]):
-        bars.bar(np.arange(len(names)) + 0.27 * i, [100 * result[kind][name] for name in names], 0.25, label=kind)
+        bars.bar(
+            np.arange(len(names)) + 0.27 * i, [100 * result[kind].get(name, np.nan) for name in names], 0.25, label=kind
+        )
     labels = [name.removeprefix("violation ") for name in names]
     bars.set_xticks(np.arange(len(names)) + 0.27, labels, rotation=40, ha="right", fontsize=8)
     bars.set(title=title, ylabel="frames that break a rule, %")
