@@ -211,18 +211,15 @@ def places(obs: Tensor, game: Game) -> Tensor:
 
 
 def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Transitions:
-    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError, OSError."""
+    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError."""
     usual, rules = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id])._asdict(), config._asdict()
     kind = args.env_id + "".join(f"_{name}{value}" for name, value in rules.items() if value != usual[name])
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
-    if not path.exists():
-        print(f"collecting {rows:,} transitions into {path}")
-        games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
-        records.save_records(path, games)
-    arrays, meta = records.read_records(path, RECORD_FIELDS[:-1])  # few games can't be split, nor need they be
-    if meta["env_kwargs"] != {**rules, "max_cycles": args.max_cycles} or len(arrays["obs"]) != rows:
-        raise ValueError(f"{path} does not hold the games that its name says; remove it, and they are collected anew")
-    return to_transitions(arrays, str(path))
+
+    def play(count: int) -> stag_hunt.Dataset:
+        return stag_hunt.collect(count, config, args.max_cycles, ("NS", "NH", "random"), seed)
+
+    return to_transitions(records.cached_records(path, rows, play, RECORD_FIELDS).arrays, str(path))
 
 
 def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | None]:

@@ -7,11 +7,13 @@ living player saw and did at one step; rows are in the order episode, agent, t. 
     record.arrays["obs"], record.meta["strategies"]
     save_records(Path("data/mine.npz"), make_records(arrays, meta))    # casts, checks, and writes
     columns = read_arrays(Path("plain.npz"))           # any other npz, with the same one-line errors
+    record = cached_records(Path("data/games.npz"), 10_000, play)      # play(rows) -> arrays, meta: only if need be
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -207,6 +209,55 @@ def save_records(path: Path, record: Record) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # the disk is full, or somebody pressed Ctrl-C
+
+
+def cached_records(
+    path: Path, rows: int, play: Callable[[int], tuple[Arrays, dict[str, Any]]], fields: Iterable[str] | None = None
+) -> Record:
+    """The records in `path`; without such a file, so many rows that `play(rows)` plays now, which are then kept there.
+
+    A file is taken only if the first game in it is what is played now. Says which file it is, and how to make it anew.
+    Raises ValueError with one line.
+    """
+    try:
+        if path.exists():
+            record = read_records(path, fields)
+            check_first_game(path, record, play)
+            print(f"these are the games in {path}; remove it to have them played anew")
+            return record
+        folder = next(folder for folder in path.parents if folder.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):  # before anything is played
+            raise PermissionError(errno.EACCES, f"{folder} cannot be written to")
+        record = make_records(*play(rows))
+        save_records(path, record)
+        print(f"{rows:,} rows of {len(record.arrays['split']):,} games collected, kept in {path}")
+        return read_records(path, fields)  # exactly what there will be the next time
+    except OSError as error:
+        raise ValueError(f"cannot use {path}: {error.strerror or error}; choose another folder") from None
+
+
+def check_first_game(path: Path, record: Record, play: Callable[[int], tuple[Arrays, dict[str, Any]]]) -> None:
+    """Raise ValueError if the first game of a record is not what is played now: its code or its sizes have changed.
+
+    Of a game that does not depend on its seed alone, only the shapes can be compared.
+    """
+    names = [name for name in record.arrays if FIELDS[name].axes.startswith("N")]
+    rows = int((record.arrays["episode"] == 0).sum())
+
+    def told(meta: dict[str, Any]) -> str:
+        names = ("env_kwargs", "strategies", "action_names", "observation_scale", "observation_bounded")
+        return json.dumps([meta.get(name) for name in names])
+
+    def same(one: Arrays, other: Arrays) -> bool:
+        return all(np.array_equal(one[name], other[name]) for name in names if name in other and name in one)
+
+    (now, meta), then = play(rows), {name: record.arrays[name][:rows] for name in names}
+    if not meta.get("observation_bounded", True):
+        names = [name for name in names if name not in ("obs", "next_obs")]  # scaled by what occurs in all games
+    fits = told(meta) == told(record.meta) and all(now[name].shape == then[name].shape for name in names if name in now)
+    if not fits or not (same(now, then) or not same(now, play(rows)[0])):
+        cure = "remove the file to have them played anew, or choose another folder"
+        raise ValueError(f"{path} holds games that {meta.get('env_id', 'this game')} does not play now; {cure}")
 
 
 def sha256(values: np.ndarray) -> str:
