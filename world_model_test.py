@@ -211,18 +211,15 @@ def places(obs: Tensor, game: Game) -> Tensor:
 
 
 def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Transitions:
-    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError, OSError."""
+    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError."""
     usual, rules = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id])._asdict(), config._asdict()
     kind = args.env_id + "".join(f"_{name}{value}" for name, value in rules.items() if value != usual[name])
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
-    if not path.exists():
-        print(f"collecting {rows:,} transitions into {path}")
-        games = stag_hunt.collect(rows, config, args.max_cycles, ("NS", "NH", "random"), seed)
-        records.save_records(path, games)
-    arrays, meta = records.read_records(path, RECORD_FIELDS)
-    if meta["env_kwargs"] != {**rules, "max_cycles": args.max_cycles} or len(arrays["obs"]) != rows:
-        raise ValueError(f"{path} does not hold the games that its name says; remove it, and they are collected anew")
-    return to_transitions(arrays, str(path))
+
+    def play(count: int) -> stag_hunt.Dataset:
+        return stag_hunt.collect(count, config, args.max_cycles, ("NS", "NH", "random"), seed)
+
+    return to_transitions(records.cached_records(path, rows, play, RECORD_FIELDS).arrays, str(path))
 
 
 def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | None]:
@@ -982,7 +979,7 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
     wrong = (frame != data.next_obs).flatten(1).any(1)
     mispaid = ((rewards - data.rewards).abs() > game.same_reward).any(1)
     ground = np.array([[255, 255, 255], [141, 144, 150], [217, 180, 140], [191, 227, 201]], np.uint8)
-    figure = Figure(figsize=(9.0, 3.2 * len(frame)), layout="constrained")
+    figure = Figure(figsize=(9.0, 3.4 * len(frame)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(frame), 3, squeeze=False)):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (data.rewards, rewards))

@@ -2,13 +2,13 @@
 
     python benchmark/world_model_table.py
     python benchmark/world_model_table.py --runs /scratch/runs
-    python benchmark/world_model_table.py --run runs/NAME
+    python benchmark/world_model_table.py --run-name NAME
 
 Reads the run folders that `benchmark/world_model_test.sh` names, `world_model_test-<row>__<seed>`. Writes to
 benchmark/results/world_model_test/: `<row>__<seed>.json` (a run's `metrics.json`), `table.md` (means and standard
 deviations over seeds), `events.md` (rewards by event) and `steps.png` (violations and roll-outs of each row). What the
-folder already holds of other runs stays there. With `--run`, only that run's `summary.png` is drawn, into its folder:
-broken rules of the most likely and the drawn frames beside a copied one's, and frames that are right in a roll-out.
+folder already holds of other runs stays there. With `--run-name`, only that run's `summary.png` is drawn, into its
+folder: broken rules of the most likely and the drawn frames beside a copied one's, and frames right in a roll-out.
 """
 
 import json
@@ -49,8 +49,8 @@ class Args:
     """the folder with the run folders"""
     results: Path = ROOT / "benchmark" / "results" / "world_model_test"
     """the folder to write to"""
-    run: Path | None = None
-    """draw summary.png into this run folder, and do nothing else"""
+    run_name: str | None = None
+    """draw summary.png into the folder of this run, and do nothing else"""
 
 
 def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarray:
@@ -118,7 +118,9 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
     bars, curve = figure.subplots(1, 2)
     names = [name for name in result["mode"] if name.startswith("violation ")]
     for i, kind in enumerate(kind for kind in ("mode", "sample", "copy") if result[kind]):
-        bars.bar(np.arange(len(names)) + 0.27 * i, [100 * result[kind][name] for name in names], 0.25, label=kind)
+        bars.bar(
+            np.arange(len(names)) + 0.27 * i, [100 * result[kind].get(name, np.nan) for name in names], 0.25, label=kind
+        )
     labels = [name.removeprefix("violation ") for name in names]
     bars.set_xticks(np.arange(len(names)) + 0.27, labels, rotation=40, ha="right", fontsize=8)
     bars.set(title=title, ylabel="frames that break a rule, %")
@@ -133,13 +135,14 @@ def draw_summary(result: dict[str, Any], title: str) -> Figure:
 
 def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
-    if args.run:
+    if args.run_name:
+        folder = args.runs / args.run_name
         try:
-            result = json.loads((args.run / "metrics.json").read_text())
+            result = json.loads((folder / "metrics.json").read_text())
         except (OSError, ValueError) as error:
-            usage_error(f"{args.run} is no finished run of world_model_test.py ({error})")
-        draw_summary(result, args.run.name).savefig(args.run / "summary.png", dpi=110)
-        print(args.run / "summary.png")
+            usage_error(f"{folder} is no finished run of world_model_test.py ({error})")
+        draw_summary(result, args.run_name).savefig(folder / "summary.png", dpi=110)
+        print(folder / "summary.png")
         return
     found = sorted(args.runs.glob("world_model_test-*__*/metrics.json"))
     if not found and not any(args.results.glob("*__*.json")):

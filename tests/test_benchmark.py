@@ -702,12 +702,14 @@ def test_tests_of_world_models_become_a_table(world_models, capsys):
 
 
 def test_the_summary_of_one_world_model_is_drawn(world_models, capsys):
-    folder = world_models / "runs" / "world_model_test-a__1"
-    world_model_table.main(world_model_table.Args(run=folder))
-    assert str(folder / "summary.png") in capsys.readouterr().out
-    assert_picture(folder / "summary.png")
+    args = world_model_table.Args(runs=world_models / "runs", run_name="world_model_test-a__1")
+    world_model_table.main(args)
+    path = args.runs / args.run_name / "summary.png"
+    assert str(path) in capsys.readouterr().out
+    assert_picture(path)
+    args.run_name = "world_model_test-late__1"
     with pytest.raises(SystemExit) as stopped:
-        world_model_table.main(world_model_table.Args(run=world_models / "runs" / "world_model_test-late__1"))
+        world_model_table.main(args)
     assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
 
 

@@ -652,7 +652,10 @@ def test_kept_games_that_are_not_those_of_their_name_are_refused(tmp_path, capsy
     records.save_records(path, stag_hunt.collect(1_000, stag_hunt.Config(n_hares=3), 35, ("NS", "NH", "random"), 1))
     with pytest.raises(SystemExit) as error:
         run(tmp_path, run_name="two")
-    assert error.value.code == 2 and "does not hold the games that its name says" in capsys.readouterr().err
+    assert (
+        error.value.code == 2
+        and "holds games that markov_stag_hunt-v0 does not play now; remove the file" in capsys.readouterr().err
+    )
 
 
 def test_numbers_are_checked_as_what_they_become(data, tmp_path, capsys):
@@ -871,7 +874,8 @@ def test_a_module_that_ends_the_program_is_refused(tmp_path, capsys):
 
 def test_a_function_that_fails_late_or_writes_into_its_inputs(tmp_path, capsys):
     (tmp_path / "theirs.py").write_text(
-        "def late(obs, actions):\n    return obs, 0.0 * actions if len(obs) > 8 else 1 / 0\n"
+        "calls = []\n"
+        "def late(obs, actions):\n    calls.append(1)\n    return obs, 0.0 * actions if len(calls) < 2 else 1 / 0\n"
         "def writes(obs, actions):\n    actions[:] = 99\n    return obs, 0.0 * actions\n"
     )
     sys.modules.pop("theirs", None)
