@@ -1123,12 +1123,15 @@ def test_a_dataset_that_is_not_written_whole_is_not_there(failing, tmp_path, cap
 
 def test_a_signal_while_collecting_is_a_line(tmp_path):
     command = [sys.executable, str(SCRIPT), "--env", "Pendulum-v1", "--dataset", "new", "--collect", "random"]
-    with subprocess.Popen(
-        [*command, "--collect-steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background it is ignored
+    with subprocess.Popen([*command, "--collect-steps", "100000"], **pipes, **listen) as process:
         assert process.stdout.readline().startswith("collecting")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=200)
+        finally:
+            process.kill()
     assert process.returncode == 130 and errors.splitlines()[-1] == "stopped while collecting; new.npz is not written"
     assert "Traceback" not in errors and not list(tmp_path.iterdir())
 
