@@ -727,13 +727,14 @@ def main(args: Args) -> Path:
                 })  # fmt: skip
             if evaluating and not run.evaluated(step):
                 run.unless_stopped(evaluate_agent)
-            if saving or run.signal:
+            stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+            if saving or stopping:
                 run.save_checkpoint(step, {
                     **learning_state(agent, env, buffer), "episode": episode, "episode_length": episode_length,
                     "episode_return": episode_return, "observation": torch.from_numpy(observation),
                     "updates_due": updates_due, "recent": list(recent),
                 })  # fmt: skip
-            if run.signal:
+            if stopping:
                 run.stop()
             if last:
                 break
@@ -1174,9 +1175,10 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 

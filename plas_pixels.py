@@ -716,9 +716,10 @@ def main(args: Args) -> Path:
             last = step == args.total_timesteps
             if step and (last or step % args.eval_frequency == 0) and not run.evaluated(step):
                 run.unless_stopped(evaluate_agent)
-            if run.signal or (step and (last or step % args.checkpoint_frequency == 0)):
+            stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+            if stopping or (step and (last or step % args.checkpoint_frequency == 0)):
                 run.save_checkpoint(step, state())
-            if run.signal and not (last and run.evaluated(step)):
+            if stopping and not (last and run.evaluated(step)):
                 run.stop()
             if last:
                 break
@@ -1373,9 +1374,10 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 

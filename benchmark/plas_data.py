@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import evaluate
-
 import plas_pixels
 import sac_ae_pixels
+from benchmark import evaluate
 
 GAMMA, TAU, BATCH_SIZE, LEARNING_RATE, HIDDEN = 0.99, 0.005, 256, 1e-3, 256
 EXPLORATION_NOISE, TARGET_NOISE, NOISE_CLIP, POLICY_FREQUENCY = 0.2, 0.2, 0.5, 2
