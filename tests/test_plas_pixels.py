@@ -1200,7 +1200,7 @@ def test_tasks_of_dm_control_have_short_names():
 def test_dm_control_that_cannot_be_imported_is_an_error_with_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shimmy", None)
     line = refused(capsys, tmp_path, env_id="finger-spin")
-    assert "needs dm_control and OpenGL" in line and "libegl1" in line and "shimmy[dm-control]" in line
+    assert "needs dm_control" in line and "try pip install 'shimmy[dm-control]'" in line
 
 
 def test_an_unknown_signal_is_refused_by_the_command_line():
