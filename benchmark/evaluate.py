@@ -12,6 +12,7 @@ behaviour, which its policy is to improve on.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -148,7 +149,8 @@ def main(args: Args) -> None:
     agent = load_agent(path)
     result, policy = play(agent, args)
     mean, kind = result["episodic_return"], "of the run's own" if args.own_episodes else "fresh"
-    success = f", success rate {result['success_rate']:.3f}" if "success_rate" in result else ""
+    rate = result.get("success_rate", math.nan)  # not every environment tells
+    success = "" if math.isnan(rate) else f", success rate {rate:.3f}"
     print(f"{path}, {args.episodes} {kind} episodes of {agent.args.env_id}, {policy}:")
     print(f"return {mean:.3f} ± {result['return_std']:.3f}{success}, length {result['episodic_length']:.1f}")
     if args.at_least is not None and not mean >= args.at_least:
