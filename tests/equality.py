@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-IGNORED = {"rows", "buffer", "frames", "observation"}
+IGNORED = {"rows", "buffer", "frames", "observation", "mask", "initial_embedding", "embedding_history"}
 
 # Python runs this at its start. Each checkpoint.pt is linked into a folder before it is renamed into its place; the one
 # of the last step ends the run. Pictures stay blank, which saves time.
@@ -61,12 +61,12 @@ HYAR = "--random-episodes 60 --vae-pretrain-steps 60 --eval-episodes 3"
 MOVE = f"{HYAR} --env HardMove4-v0 --total-timesteps 240 --learning-starts 60 --eval-frequency 70"
 MOVE += " --checkpoint-frequency 50"
 SMALL = "--image-size 24 --num-layers 2 --num-filters 4 --hidden-dim 16 --batch-size 8 --eval-episodes 2"
-SAC = f"{SMALL} --env Pendulum-v1 --total-timesteps 500 --action-repeat 2 --learning-starts 25 --eval-frequency 150"
-SAC += " --checkpoint-frequency 70"
+SAC = f"{SMALL} --env Pendulum-v1 --total-timesteps 300 --action-repeat 2 --learning-starts 25 --eval-frequency 140"
+SAC += " --checkpoint-frequency 50"
 PLAS = f"{SMALL} --env DotHazard-v0 --collect-steps 300 --total-timesteps 200 --frame-stack 2 --random-shift 2"
 PLAS += " --eval-frequency 70 --checkpoint-frequency 30"
 MOA = "--rows 400 --max-cycles 12 --total-timesteps 150 --batch-size 16 --eval-frequency 40 --checkpoint-frequency 20"
-WORLD = "--rows 1500 --test-rows 500 --total-timesteps 300 --batch-size 32 --eval-frequency 70 --eval-episodes 5"
+WORLD = "--rows 1500 --test-rows 500 --total-timesteps 300 --batch-size 32 --eval-frequency 70 --eval-episodes 100"
 WORLD += " --checkpoint-frequency 40"
 CASES = {  # script and variant -> flags
     # Long enough for 1,000 episodes, after which the VAE is trained further; updates begin late, to be quick.
