@@ -21,13 +21,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from plot import usage_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import hyar_td3
 import plas_pixels
 import sac_ae_pixels
+from benchmark.plot import usage_error
 
 
 @dataclass

@@ -21,14 +21,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from evaluate import load_agent
 from matplotlib.figure import Figure
-from plot import usage_error
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import hyar_td3
+from benchmark.evaluate import load_agent
+from benchmark.plot import usage_error
 from hyar_td3 import HyARTD3
 
 

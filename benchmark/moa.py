@@ -32,14 +32,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from plot import markdown, usage_error
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 import pretrain_vae_moa as moa  # noqa: E402
+from benchmark.plot import markdown, usage_error  # noqa: E402
 from envs import stag_hunt  # noqa: E402
 from pretrain_vae_moa import MOA, Arrays, Records, confusion, predict_actions, recalls, score_subsets  # noqa: E402
 from pretrain_vae_moa import subsets as split_by_strategy  # noqa: E402

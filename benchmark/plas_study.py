@@ -12,6 +12,7 @@ collected from several machines.
 
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import numpy as np
 import scipy.stats
 import tyro
 from matplotlib.figure import Figure
-from plot import bootstrap_interval, interquartile_mean, markdown, usage_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.plot import bootstrap_interval, interquartile_mean, markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]

@@ -12,6 +12,7 @@ folder: broken rules of the most likely and the drawn frames beside a copied one
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from plot import markdown, usage_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark.plot import markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {  # heading -> where in metrics.json, factor
