@@ -1248,9 +1248,10 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in caught}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 
