@@ -13,6 +13,14 @@ Representation", ICLR 2022, https://arxiv.org/abs/2109.05490
 Docs: docs/hyar_td3.md
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "tensorboard==2.21.0",
+#   "pillow==11.3.0", "gymnasium==1.4.0", "moviepy==2.2.1",
+# ]
+# ///
+
 from __future__ import annotations
 
 import contextlib
@@ -1366,7 +1374,7 @@ class Run:
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
         """Exit 2: a file of the run folder is not what was written."""
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
     def stop(self) -> NoReturn:

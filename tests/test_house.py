@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,21 @@ if __name__ == "__main__":
         raise SystemExit(130) from None
 """
     assert source(name).endswith(end)
+
+
+@each_script
+def test_a_lone_copy_says_what_it_needs(name):
+    """Its PEP 723 header has the pins of requirements.txt, and a package for each module that is imported."""
+    header = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source(name), re.MULTILINE).group(1)
+    settings = tomllib.loads("".join(line[2:] + "\n" for line in header.splitlines()))
+    assert settings["requires-python"] == ">=3.11"
+    assert set(settings["dependencies"]) <= {line.split()[0] for line in (ROOT / "requirements.txt").open()}
+    named = {re.split(r"[=\[]", pin)[0].lower() for pin in settings["dependencies"]}
+    tree = ast.parse(source(name))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    tops = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"envs", "wandb"}
+    assert tops - {"PIL"} <= named and "pillow" in named
 
 
 # --- what is written about the scripts ---

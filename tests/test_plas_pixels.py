@@ -1125,7 +1125,7 @@ def test_a_signal_while_collecting_is_a_line(tmp_path):
     command = [sys.executable, str(SCRIPT), "--env", "Pendulum-v1", "--dataset", "new", "--collect", "random"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in the background it is ignored
-    with subprocess.Popen([*command, "--collect-steps", "100000"], **pipes, **listen) as process:
+    with subprocess.Popen([*command, "--collect-steps", "100000"], cwd=tmp_path, **pipes, **listen) as process:
         assert process.stdout.readline().startswith("collecting")
         process.send_signal(signal.SIGINT)
         try:

