@@ -86,7 +86,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are created in"""
     run_name: str | None = None
-    """the run folder's name (default: environment, experiment, seed and time)"""
+    """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
@@ -100,13 +100,13 @@ class Args:
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Platform-v0"
     """the environment: any Gymnasium id with a hybrid action space, `package:Name-v0` imports the package first"""
     total_timesteps: int | None = None
-    """environment steps of the learning phase (default: by environment; the random phase comes on top)"""
+    """environment steps of the learning phase (if left out: by environment; the random phase comes on top)"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (default: the environment's own limit)"""
+    """steps after which an episode is cut off (if left out: the environment's own limit)"""
     learning_rate: float = 3e-4
     """learning rate of the actor and the critics"""
     buffer_size: int | None = None
-    """newest transitions that the critics sample from (default: by environment); the VAE samples from all"""
+    """newest transitions that the critics sample from (if left out: by environment); the VAE samples from all"""
     gamma: float = 0.99
     """the discount factor gamma"""
     bootstrap_at_limit: bool = True
@@ -130,13 +130,13 @@ class Args:
     policy_average: float = 5e-4
     """rate of the moving average of the actor's weights, which is evaluated beside the actor and does not act"""
     random_episodes: int | None = None
-    """episodes of the random phase, which the VAE is pre-trained on (default: by environment)"""
+    """episodes of the random phase, which the VAE is pre-trained on (if left out: by environment)"""
     discrete_embedding: Literal["learned", "one-hot"] = "learned"
     """embedding of the discrete action: a trained table (the paper's) or fixed one-hot vectors"""
     discrete_latent_dim: int | None = None
-    """size of a discrete action's embedding (default: by environment; one-hot: the number of actions)"""
+    """size of a discrete action's embedding (if left out: by environment; one-hot: the number of actions)"""
     parameter_latent_dim: int | None = None
-    """size of the VAE's latent for the action's parameters (default: by environment)"""
+    """size of the VAE's latent for the action's parameters (if left out: by environment)"""
     vae_pretrain_steps: int = 5_000
     """gradient steps of the VAE on the random phase's transitions"""
     vae_batch_size: int = 64
@@ -144,7 +144,7 @@ class Args:
     vae_learning_rate: float = 1e-4
     """learning rate of the VAE"""
     vae_update_episodes: int | None = None
-    """episodes between two further VAE steps and updates of the latent range (default: by environment)"""
+    """episodes between two further VAE steps and updates of the latent range (if left out: by environment)"""
     parameter_weight: float = 2.0
     """weight of the parameters' reconstruction error in the VAE's loss"""
     state_weight: float = 1.0

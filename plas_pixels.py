@@ -91,7 +91,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are created in"""
     run_name: str | None = None
-    """the run folder's name (default: environment, experiment, seed and time)"""
+    """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 2_000
@@ -113,7 +113,7 @@ class Args:
     total_timesteps: int = 10_000
     """gradient steps"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (default: the environment's own limit)"""
+    """steps after which an episode is cut off (if left out: the environment's own limit)"""
     encoder_signal: str = "both"
     """what trains the encoder: critic, vae, both, separate (one for each), reconstruction (of the picture) or none"""
     policy: Literal["latent", "argmax"] = "latent"
@@ -121,11 +121,11 @@ class Args:
     learning_rate: float = 1e-3
     """learning rate of the encoder, the critics and the VAE"""
     gamma: float | None = None
-    """the discount factor gamma (default: by environment)"""
+    """the discount factor gamma (if left out: by environment)"""
     tau: float = 0.005
     """target smoothing coefficient"""
     batch_size: int | None = None
-    """batch size (default: by environment)"""
+    """batch size (if left out: by environment)"""
     soft_minimum: float = 0.75
     """weight of the smaller of both target values, the rest is the larger one's (BCQ's lambda)"""
     max_latent_action: float = 2.0
@@ -139,17 +139,17 @@ class Args:
     image_size: int = 64
     """height and width of rendered pictures; an environment or dataset whose observations are pictures keeps theirs"""
     camera: int | None = None
-    """the camera of dm_control (default: 0; quadruped 2)"""
+    """the camera of dm_control (if left out: 0; quadruped 2)"""
     action_repeat: int | None = None
-    """environment steps that an action is repeated for (default: by environment)"""
+    """environment steps that an action is repeated for (if left out: by environment)"""
     frame_stack: int | None = None
-    """pictures in an observation, the newest ones (default: by environment)"""
+    """pictures in an observation, the newest ones (if left out: by environment)"""
     random_shift: int | None = None
-    """pixels that pictures are randomly shifted by in training (default: by environment)"""
+    """pixels that pictures are randomly shifted by in training (if left out: by environment)"""
     num_layers: int | None = None
-    """convolutions of the encoder (default: by environment)"""
+    """convolutions of the encoder (if left out: by environment)"""
     num_filters: int | None = None
-    """filters of each convolution (default: by environment)"""
+    """filters of each convolution (if left out: by environment)"""
     feature_dim: int = 50
     """size of the encoder's output"""
     hidden_dim: int = 256

@@ -92,7 +92,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are created in"""
     run_name: str | None = None
-    """the run folder's name (default: environment, experiment, seed and time)"""
+    """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
@@ -108,7 +108,7 @@ class Args:
     total_timesteps: int = 25_000
     """gradient steps; --eval-frequency of them make an epoch, so these are 10 epochs"""
     dataset: str | None = None
-    """a dataset file to read (default: play --rows rows, and keep them in --data-dir)"""
+    """a dataset file to read (if left out: play --rows rows, and keep them in --data-dir)"""
     data_dir: str = "data"
     """the folder that collected datasets are kept in"""
     data_seed: int = 1

@@ -86,7 +86,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are created in"""
     run_name: str | None = None
-    """the run folder's name (default: environment, experiment, seed and time)"""
+    """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
@@ -100,19 +100,19 @@ class Args:
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "cartpole-swingup"
     """the environment: a dm_control task, or any Gymnasium id with a Box action space and rgb_array rendering"""
     total_timesteps: int | None = None
-    """environment steps of the run (default: by environment)"""
+    """environment steps of the run (if left out: by environment)"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (default: the environment's own limit)"""
+    """steps after which an episode is cut off (if left out: the environment's own limit)"""
     action_repeat: int | None = None
-    """how many environment steps an action is repeated for (default: by environment)"""
+    """how many environment steps an action is repeated for (if left out: by environment)"""
     image_size: int = 84
     """height and width of a frame in pixels"""
     frame_stack: int = 3
     """frames in an observation"""
     camera: int | None = None
-    """the camera of a dm_control task (default: 0, quadruped 2)"""
+    """the camera of a dm_control task (if left out: 0, quadruped 2)"""
     buffer_size: int | None = None
-    """newest transitions (agent steps) to sample from (default: all of the run)"""
+    """newest transitions (agent steps) to sample from (if left out: all of the run)"""
     save_replay: bool = False
     """if toggled, write replay.npz for plas_pixels.py: the frames' size again on the disk"""
     learning_starts: int = 1_000

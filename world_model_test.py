@@ -85,7 +85,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are created in"""
     run_name: str | None = None
-    """the run folder's name (default: environment, experiment, seed and time)"""
+    """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 1_000
@@ -101,11 +101,11 @@ class Args:
     total_timesteps: int = 8_000
     """gradient steps"""
     size: int | None = None
-    """cells along a side of the board (default: as --env says)"""
+    """cells along a side of the board (if left out: as --env says)"""
     n_stags: int | None = None
-    """stags (default: as --env says)"""
+    """stags (if left out: as --env says)"""
     n_hares: int | None = None
-    """hares (default: as --env says)"""
+    """hares (if left out: as --env says)"""
     n_blocks: int = 0
     """obstacles of the collected games"""
     stag_moves: bool = False
