@@ -24,7 +24,7 @@ opengl: .venv/installed  ## what dm_control draws with, where no display is
 	|| echo "no OpenGL, so that tests of dm_control are skipped; install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
 
 test: .venv/installed opengl  ## everything but the long learning runs
-	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 test-slurm: .venv/installed  ## an array of trainings on a real SLURM of two nodes on this machine; installs it, as root
 	.venv/bin/python -m pytest -q -m slow tests/test_slurm.py
