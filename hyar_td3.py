@@ -833,9 +833,7 @@ def check_memory(args: Args) -> None:
         "parameter_latent_dim": 4.0 * 40 * 256 * args.parameter_latent_dim,
         "eval_episodes": 5_000.0 * args.eval_episodes,  # an environment each
     }
-    memory, total = math.inf, sum(needed.values())
-    with contextlib.suppress(AttributeError, ValueError):  # Windows does not say
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, total = machine_memory(), sum(needed.values())
     if total > memory:
         sizes = f"the run needs at least {1e-9 * total:,.0f} GB of memory, and this machine has {1e-9 * memory:,.0f}"
         largest = max(needed, key=lambda name: getattr(args, name))
@@ -1116,6 +1114,14 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
             if not low <= value <= high:  # nan is not, either
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def machine_memory() -> float:
+    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def set_up_torch(args: Args) -> torch.device:

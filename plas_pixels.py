@@ -794,11 +794,7 @@ def check(args: Args) -> None:
 
 def check_memory(needs: dict[str, float]) -> None:
     """Raise ValueError if what these need, in bytes by name, is more than the machine's memory."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return
-    if sum(needs.values()) > memory:
+    if sum(needs.values()) > (memory := machine_memory()):
         name = max(needs, key=lambda name: needs[name])
         sizes = f"about {needs[name] / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**30:,.1f}"
         raise ValueError(f"{name} needs {sizes}; take less")
@@ -1316,6 +1312,14 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
             if not low <= value <= high:  # nan is not, either
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def machine_memory() -> float:
+    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def set_up_torch(args: Args) -> torch.device:

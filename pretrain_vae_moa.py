@@ -865,12 +865,10 @@ def box_of(env: Any, agent: str) -> Any:
 def collect(args: Args, env: Any, rows: int) -> tuple[Arrays, dict[str, Any]]:
     """So many rows of games, of scripted players where the game has some. Raises ValueError with one line."""
     box = box_of(env, env.possible_agents[0])
-    with contextlib.suppress(AttributeError):  # not on Windows
-        needed = 2 * rows * box.dtype.itemsize * math.prod(box.shape)  # what each row shows before and after its step
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > memory:
-            text = f"--rows {rows} need {needed / 1e9:,.1f} GB of memory"
-            raise ValueError(f"{text}; this machine has {memory / 1e9:,.1f}")
+    needed = 2 * rows * box.dtype.itemsize * math.prod(box.shape)  # what each row shows before and after its step
+    if needed > (memory := machine_memory()):
+        text = f"--rows {rows} need {needed / 1e9:,.1f} GB of memory"
+        raise ValueError(f"{text}; this machine has {memory / 1e9:,.1f}")
     try:
         if stag_hunt is not None and isinstance(env, stag_hunt.StagHunt):
             arrays, meta = stag_hunt.collect(rows, env.config, args.max_cycles, seed=args.data_seed)
@@ -1122,6 +1120,14 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
             if not low <= value <= high:  # nan is not, either
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def machine_memory() -> float:
+    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def set_up_torch(args: Args) -> torch.device:

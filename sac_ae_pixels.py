@@ -831,9 +831,7 @@ def check(args: Args) -> None:
     feature_map = max(0, side // 2 - 2 * args.num_layers) ** 2
     weights = 9 * args.num_layers * filters**2 + 4 * filters * feature_map * args.feature_dim + 5 * hidden**2
     batch = args.batch_size * side**2 * (6 * args.frame_stack + args.num_layers * filters // 4)
-    needed, memory = 16 * weights + 4 * batch + 32 * steps, math.inf
-    with contextlib.suppress(AttributeError, ValueError):  # on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = 16 * weights + 4 * batch + 32 * steps, machine_memory()
     if needed > memory:
         sizes = f"networks, batch and replay memory need at least {1e-9 * needed:,.0f} GB"
         raise ValueError(f"{sizes}, and this machine has {1e-9 * memory:.0f} GB; choose smaller sizes")
@@ -1190,6 +1188,14 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
             if not low <= value <= high:  # nan is not, either
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def machine_memory() -> float:
+    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def set_up_torch(args: Args) -> torch.device:

@@ -900,11 +900,10 @@ def check(args: Args) -> None:
     paths = 1_024 * (cells + 1) ** 2 * 16 if args.n_blocks else 0  # the shortest ways on each game's board
     batch = 16 * args.batch_size * cells * (inputs + layers * args.hidden_dim)
     weights = 16 * args.hidden_dim * (9 * inputs + 9 * args.hidden_dim * layers)
-    with contextlib.suppress(AttributeError):  # not on Windows
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if (wanted := collected + paths + batch + weights) > memory:
-            needed = f"about {wanted / 2**30:,.0f} GiB of memory are needed, {memory / 2**30:,.0f} are there"
-            raise ValueError(f"{needed}; take smaller --rows, --test-rows, --size, --batch-size or --hidden-dim")
+    wanted, memory = collected + paths + batch + weights, machine_memory()
+    if wanted > memory:
+        needed = f"about {wanted / 2**30:,.0f} GiB of memory are needed, {memory / 2**30:,.0f} are there"
+        raise ValueError(f"{needed}; take smaller --rows, --test-rows, --size, --batch-size or --hidden-dim")
 
 
 def check_data(args: Args, game: Game, train: Transitions, test: Transitions) -> None:
@@ -1051,6 +1050,14 @@ def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -
             if not low <= value <= high:  # nan is not, either
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
+
+
+def machine_memory() -> float:
+    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def set_up_torch(args: Args) -> torch.device:

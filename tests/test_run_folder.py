@@ -355,3 +355,9 @@ def test_numbers_are_checked_as_what_they_become(value):
     with pytest.raises(ValueError, match="--gamma"):
         script.check_numbers(arguments(script, Path(), gamma=value), {}, {"gamma": 1.0})
     script.check_numbers(arguments(script, Path(), gamma=1.0), {}, {"gamma": 1.0})
+
+
+def test_the_memory_of_a_system_that_does_not_tell_is_unlimited(script, monkeypatch):
+    assert 2**28 < script.machine_memory() < math.inf
+    monkeypatch.delattr(os, "sysconf")
+    assert script.machine_memory() == math.inf
