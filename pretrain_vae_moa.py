@@ -153,6 +153,7 @@ USED = {  # objective -> the networks that it trains
 LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
+PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
 Arrays = dict[str, np.ndarray]
 
 
@@ -195,36 +196,35 @@ def position_planes(sizes: Sizes) -> Tensor:
 
 
 class Symmetry:
-    """The 8 ways to mirror and turn a square board, for games like the stag hunt.
+    """The 8 ways to mirror and turn a square board, for games whose actions 0..3 are up, down, left, right.
 
-    Actions 0..3 are up, down, left, right. The position planes are turned as well, so that a rule that depends on the
-    place on the board (which of two hares as near comes first) stays true.
+    The position planes are turned with the board. So rules that depend on the absolute place stay true, such as which
+    of two equally near hares a player chooses.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        """Tables of where each cell comes from (8, H W), of turned position planes (8, 2, H, W), of actions (8, A + 1).
+        """Look-up tables, one row for each of the 8 turns.
 
-        `becomes` says what becomes of each action, and that none stays none; `been` (8, A) which action was each.
+        `cells` (8, H W): the cell that each cell's content comes from. `places` (8, 2, H, W): the position planes.
+        `turned_action` (8, A + 1): what each action becomes; the last entry, "no action", stays. `original_action`
+        (8, A): its inverse.
         """
         self.players, self.things = sizes.players, torch.arange(sizes.players, sizes.channels, device=device)
         tables = stag_hunt.symmetries(sizes.height, sizes.actions + 1)
-        self.cells, self.becomes = (torch.from_numpy(table).to(device) for table in tables)
-        self.been = self.becomes[:, :-1].argsort(1)
+        self.cells, self.turned_action = (torch.from_numpy(table).to(device) for table in tables)
+        self.original_action = self.turned_action[:, :-1].argsort(1)
         places = position_planes(sizes).to(device)
         self.places = places.flatten(1)[:, self.cells].transpose(0, 1).unflatten(2, places.shape[1:])
 
     def draw(self, units: int) -> tuple[Tensor, Tensor]:
-        """A random turn (U,) for each unit, and order of the players (U, n), ego first."""
+        """For each unit a random turn (U,), and a random order of the players (U, n) in which the ego stays first."""
         order = torch.rand(units, self.players)
         order[:, 0] = -1.0
         return torch.randint(8, (units,)), order.argsort(1)
 
 
-PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
-
-
 class Records:
-    """All rows on the device, in order, so that a batch is a gather; and where episodes and sequences lie.
+    """The dataset on the device, sorted by episode, player and time, so that a batch is one gather.
 
     A sequence is the rows of one player in one episode.
     """
@@ -265,7 +265,7 @@ class Records:
         return stag_hunt.ceilings(Record(self.arrays, self.meta))
 
     def fingerprint(self) -> str:
-        """What tells whether a resumed run still has the dataset that it began with."""
+        """Identifies the dataset: a resumed run must have the one that it began with."""
         hashes, obs, action = self.meta.get("sha256") or {}, self.arrays["obs"], self.arrays["action"]
         split = int(self.arrays["split"].astype(int) @ np.arange(len(self.arrays["split"])))
         return json.dumps([hashes, split, obs.shape, int(action.sum())])
@@ -298,10 +298,10 @@ class Records:
         return (starts[sequence] + place).to(device), (sequence * longest + place).to(device), longest
 
     def batch(self, units: Tensor, world: tuple[Tensor, Tensor] | None = None) -> Batch:
-        """Gather a batch of these rows or sequences (U,) (on the CPU).
+        """The batch of these rows or sequences (U,), whose numbers are on the CPU.
 
-        With a `world` of `Symmetry.draw`, unit u is turned by world[0] (U,) and its players are in the order of
-        world[1] (U, n), planes and actions alike.
+        `world` is a pair from `Symmetry.draw`: turns (U,) and orders of the players (U, n), applied to planes and
+        actions alike.
         """
         rows, slot, length = self.rows_of(units)
         back = torch.arange(4 if self.context == "4" else 1, device=rows.device)
@@ -316,16 +316,18 @@ class Records:
             frames = self.obs.flatten(0, 1).flatten(1).index_select(0, source.flatten()).view(*source.shape, -1)
             frames = frames.gather(3, self.symmetry.cells[turn][:, None, None].expand_as(frames))
             frames, places = frames.unflatten(3, self.obs.shape[2:]), self.symmetry.places[turn]
-            becomes = self.symmetry.becomes[turn]
-            mask, action = mask.gather(1, self.symmetry.been[turn]), becomes.gather(1, action[:, None])[:, 0]
-        if self.context == "4":  # there are no frames before the first
+            turned_action = self.symmetry.turned_action[turn]
+            mask = mask.gather(1, self.symmetry.original_action[turn])
+            action = turned_action.gather(1, action[:, None])[:, 0]
+        if self.context == "4":  # before the first frame there is none: zeros
             frames = frames * (back <= self.position[rows, None])[:, :, None, None, None]
         frames = frames.flatten(1, 2).float().div_(self.sizes.pixel_scale)
         batch = Batch(torch.cat((frames, places), 1), self.time[rows], mask, action)
         if self.context != "history":
             return batch
         previous = self.previous[rows]
-        previous = previous if world is None else becomes.gather(1, previous.gather(1, order))
+        if world is not None:
+            previous = turned_action.gather(1, previous.gather(1, order))
         previous = F.one_hot(previous, self.sizes.actions + 1).float()
         return batch._replace(previous=previous, slot=slot, sequences=len(units), length=length)
 
@@ -334,7 +336,7 @@ class Sampler:
     """Batches in a new order at each pass: pure functions of the seed and the step, so there is nothing to save."""
 
     def __init__(self, records: Records, rows: np.ndarray, batch_size: int, seed: int) -> None:
-        """Draw from these rows; with history, so many sequences a batch as have `batch_size` rows on average."""
+        """Draw from these rows. With history, a batch has as many sequences as hold `batch_size` rows on average."""
         self.records, self.seed = records, seed
         self.units = torch.from_numpy(records.units(rows))
         self.size = min(max(1, round(batch_size * len(self.units) / len(rows))), len(self.units))
@@ -342,7 +344,7 @@ class Sampler:
         self.passes, self.order = -1, self.units
 
     def draw(self, step: int) -> Tensor:
-        """The units of a step's batch, counted from 0. What is left over at the end of a pass is left out."""
+        """The units of the batch of a step, counted from 0. Units left over at the end of a pass are skipped."""
         passes, number = divmod(step, self.batches)
         if passes != self.passes:
             generator = torch.Generator().manual_seed(episode_seed(self.seed, passes, stream=2))
@@ -350,7 +352,7 @@ class Sampler:
         return self.order[number * self.size : (number + 1) * self.size]
 
     def batch(self, step: int, augment: bool) -> Batch:
-        """A step's batch, its boards turned and its players reordered at random where that is known to be right."""
+        """The batch of a step; with `augment` turned and reordered at random, if the game allows it."""
         units, symmetry = self.draw(step), self.records.symmetry
         return self.records.batch(units, symmetry.draw(len(units)) if symmetry and augment else None)
 
@@ -389,7 +391,7 @@ class Trunk(nn.Module):
             return F.relu(self.layer(features))
         features = F.relu(self.layer(torch.cat((features, batch.previous.flatten(1), batch.time[:, None]), 1)))
         table = features.new_zeros(batch.sequences * batch.length, HIDDEN).index_copy(0, batch.slot, features)
-        # What follows a sequence's end in the table comes after it, so it cannot reach it.
+        # The padding comes after a sequence's last step, so it cannot change what the GRU returns for the sequence.
         memory = self.memory(table.view(batch.sequences, batch.length, HIDDEN))[0]
         return features + memory.flatten(0, 1)[batch.slot]
 
@@ -410,13 +412,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """p(frame | z), the encoder mirrored, with a sub-pixel convolution (Shi et al., 2016) for the stride.
+    """p(frame | z) of the current frame: the encoder mirrored.
 
-    Always the current frame alone.
+    A sub-pixel convolution (Shi et al., 2016) stands for the stride.
     """
 
     def __init__(self, sizes: Sizes, latent_dim: int) -> None:
-        """Two layers, then 3x3 convolutions at half the size; the last makes four cells of one."""
+        """Two layers, then 3x3 convolutions at half the size; the pixel shuffle doubles it."""
         super().__init__()
         self.sizes, self.small = sizes, half(sizes)
         self.layers = nn.Sequential(
@@ -429,7 +431,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Logits (R, C, H, W) of the planes, from (R, latent)."""
         frame = self.convolutions(self.layers(z).unflatten(1, (32, *self.small)))
-        return frame[:, :, : self.sizes.height, : self.sizes.width]  # half an odd size was rounded up
+        return frame[:, :, : self.sizes.height, : self.sizes.width]  # an odd size was rounded up when it was halved
 
 
 class PolicyHead(nn.Module):
@@ -451,10 +453,10 @@ class PolicyHead(nn.Module):
         )  # fmt: skip
 
     def forward(self, z: Tensor, batch: Batch) -> Tensor:
-        """Masked logits (R, A): -inf where an action is illegal. They go into the cross-entropy as they are.
+        """Masked logits (R, A): -inf where an action is illegal.
 
-        A softmax here, and the one inside of the cross-entropy on top, would keep the loss above
-        ln(e + A - 1) - 1: 1.165 for 7 actions, however certain and right the prediction.
+        There is no softmax here, since the cross-entropy has its own. Two of them would keep the loss above
+        ln(e + A - 1) - 1 (1.165 for 7 actions), even for a prediction that is certain and right.
         """
         inputs = [batch.time[:, None], batch.mask.float()]
         if self.trunk is not None:
@@ -465,7 +467,7 @@ class PolicyHead(nn.Module):
         return logits.masked_fill(~batch.mask, -math.inf)
 
 
-def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """The KL divergence (R,) of q(z | view) from the standard normal, both (R, latent), summed over dimensions."""
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)
 
@@ -491,7 +493,7 @@ class MOA(nn.Module):
         self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, eps=ADAM_EPSILON, fused=True)
 
     def policy_loss(self, logits: Tensor, action: Tensor) -> Tensor:
-        """The cross-entropy (scalar) of masked logits (R, A) and what was done (R,)."""
+        """The cross-entropy (scalar) of masked logits (R, A) and the actions taken (R,)."""
         return F.cross_entropy(logits, action)
 
     def losses(self, batch: Batch, alpha: float, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -499,7 +501,7 @@ class MOA(nn.Module):
         mean, log_variance = self.encoder(batch)
         noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (0.5 * log_variance).exp() * noise
-        losses = {"kl": divergence(mean, log_variance).mean()}
+        losses = {"kl": kl_divergence(mean, log_variance).mean()}
         total = alpha * losses["kl"]
         if "decoder" in self.used:
             frame, logits = batch.frames[:, : self.sizes.channels], self.decoder(z)
@@ -520,7 +522,7 @@ class MOA(nn.Module):
         args = self.args
         losses = self.losses(batch, self.alpha(step), noise)
         share = 0.5 * (1.0 + math.cos(math.pi * step / max(args.total_timesteps, 1))) if args.anneal_lr else 1.0
-        self.optimizer.param_groups[0]["lr"] = share * args.learning_rate  # which never costs Adam its moments
+        self.optimizer.param_groups[0]["lr"] = share * args.learning_rate  # Adam keeps its moments
         self.optimizer.zero_grad()
         losses["total"].backward()
         losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm)
@@ -528,9 +530,9 @@ class MOA(nn.Module):
         return {name: value.detach() for name, value in losses.items()}
 
     def encode(self, observation: Tensor) -> Tensor:
-        """The latent mean (B, latent) of single frames (B, C, H, W), scaled as the records are, for use elsewhere.
+        """The latent mean (B, latent) of single frames (B, C, H, W), scaled as the records are, for use in other code.
 
-        Gradients flow, so that it can be tuned further; call it in `torch.no_grad()` to have it frozen.
+        Gradients flow, so the encoder can be fine-tuned; call it inside `torch.no_grad()` to keep it frozen.
         Raises ValueError for a model that needs more than one frame.
         """
         if self.args.context != "1":
@@ -546,14 +548,14 @@ class MOA(nn.Module):
 def predict(agent: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -> Arrays:
     """For each row: latent `mean` (R, latent), `kl`, the head's `q` (R, A), the decoder's `frame_nll` and `frame_mse`.
 
-    Without noise; what the objective does not train is left out.
+    The latent is the mean, without noise. Networks that the objective does not train are left out.
     """
     units = torch.from_numpy(records.units(rows))
     parts: dict[str, list[Tensor]] = {}
     for part in units.split(max(1, size * len(units) // len(rows))):
         batch = records.batch(part)
         mean, log_variance = agent.encoder(batch)
-        values = {"mean": mean, "kl": divergence(mean, log_variance)}
+        values = {"mean": mean, "kl": kl_divergence(mean, log_variance)}
         if "head" in agent.used:
             values["q"] = agent.head(mean, batch).softmax(1)
         if "decoder" in agent.used:
@@ -567,9 +569,9 @@ def predict(agent: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -
 
 
 def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A linear classifier of frozen features (R, D) by L-BFGS; returns a function (R, D), legal -> log-probabilities.
+    """Fit a linear classifier on standardised features (R, D) by L-BFGS; returns it as a function to log-probabilities.
 
-    `legal` (R, classes or 1) are the possible classes. The features are standardised first.
+    `legal` (R, classes or 1) are the classes that are possible.
     """
     center, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
     weight = torch.zeros(inputs.shape[1] + 1, classes, requires_grad=True)
@@ -591,7 +593,7 @@ def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Ca
 
 
 def predict_actions(agent: MOA, records: Records, rows: np.ndarray) -> Arrays:
-    """`predict` with `row` (R,) and always `q` (R, A): by a linear probe of the latent, where no head is trained."""
+    """`predict`, with `row` (R,) and `q` (R, A); where no head is trained, `q` is a linear probe's of the latent."""
     values = predict(agent, records, rows)
     if "q" not in values:
         seen, action, legal = records.probe_rows(), records.action.cpu(), records.mask.cpu()
@@ -602,12 +604,12 @@ def predict_actions(agent: MOA, records: Records, rows: np.ndarray) -> Arrays:
 
 
 def evaluate(agent: MOA, records: Records, test: Arrays) -> dict[str, float]:
-    """Losses on the validation games, without noise, and scores of `test`, the predictions of held-out games."""
+    """Losses on the validation games, without noise, and scores of `test`, which are predictions on the test games."""
     rows = records.rows(1)
     seen = predict(agent, records, rows)
-    parts = {"kl": (seen["kl"], agent.args.kl_weight)}  # the final weight, so that epochs compare
+    parts = {"kl": (seen["kl"], agent.args.kl_weight)}  # always the final weight, so that epochs can be compared
     if "q" in seen:
-        parts["policy"] = surprise(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
+        parts["policy"] = negative_log(seen["q"][np.arange(len(rows)), records.arrays["action"][rows]]), 1.0
     if "frame_nll" in seen:
         parts["reconstruction"] = seen["frame_nll"], agent.args.reconstruction_weight
     losses = {name: float(values.mean()) for name, (values, _) in parts.items()}
@@ -632,7 +634,7 @@ def main(args: Args) -> Path:
         usage_error(str(error))
     with Run(args) as run:
         device = set_up_torch(args)
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not pay
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads gain nothing
         records = Records(arrays, meta, args.context, device)
         agent = MOA(args, records.sizes, device)
         if loaded:
@@ -658,7 +660,7 @@ def main(args: Args) -> Path:
             return {"agent": agent.state_dict(), "sizes": json.dumps(records.sizes)}
 
         def evaluate_agent() -> None:
-            """Score an epoch, write it down, and keep the best model; a signal may end this anywhere."""
+            """Evaluate an epoch, write its files, keep the best model; a signal may interrupt this anywhere."""
             epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
             train = {name: float(value) / steps for name, value in sums.items()}
             train["loss"] = train.get("total", math.nan)
@@ -669,7 +671,7 @@ def main(args: Args) -> Path:
             rows = [*run.eval_rows, {"step": step, **metrics}]
             run.log_figure(step, "vae_loss_curve", draw_losses(rows, run.name))
             if all(metrics["validation_loss"] <= row["validation_loss"] for row in run.eval_rows):
-                run.save_model("best_model.pt", model_state())  # test rows have no say in it
+                run.save_model("best_model.pt", model_state())  # chosen by validation rows, never by test rows
             names = {"balanced_accuracy": "balanced accuracy", "nll": "NLL", "regret": "regret", "ece": "ECE"}
             run.say(f"[MOA] epoch {epoch}: top1={metrics['top1']:.4f}, top3={metrics['top3']:.4f}, " + ", ".join(
                 f"{label}={metrics[name]:.4f}" for name, label in names.items() if not math.isnan(metrics[name])
@@ -704,7 +706,7 @@ def main(args: Args) -> Path:
                 break
 
             losses = agent.update(sampler.batch(step, args.augment), step)
-            # Without waiting for the device.
+            # Tensors, so that no step waits for the device.
             sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
             step += 1
             run.progress(step, "")
@@ -753,12 +755,12 @@ def sizes_of(arrays: Arrays, meta: dict[str, Any]) -> Sizes:
 
 
 def is_stag_hunt(meta: dict[str, Any]) -> bool:
-    """Whether a record is of the stag hunt: only of that it is known what turning the board does to the actions."""
+    """Whether a record is of the stag hunt, the only game in which turning the board is known to turn the actions."""
     return stag_hunt is not None and list(meta.get("action_names") or []) == list(stag_hunt.ACTION_NAMES)
 
 
 def check_fit(args: Args, sizes: Sizes, meta: dict[str, Any], model: MOA | None) -> None:
-    """Raise ValueError if the model of `--load` does not fit the arguments and the data, or nothing can be filmed."""
+    """Raise ValueError if the model of `--load` does not fit arguments and data, or the game cannot be filmed."""
     if args.capture_video and not is_stag_hunt(meta):
         raise ValueError("--capture-video draws games of the stag hunt; these are of another one")
     if model is None:
@@ -782,7 +784,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         args, sizes = (json.loads(content[name]) for name in ("arguments", "sizes"))
-        with torch.random.fork_rng([]):  # first weights are drawn, which are not kept
+        with torch.random.fork_rng([]):  # the first weights are drawn, and replaced below
             model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
         model.load_state_dict(content["agent"])
     except FileNotFoundError:
@@ -817,7 +819,7 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
             return collect(args, env, args.rows)
         return cached_records(Path(args.data_dir) / name, args.rows, functools.partial(collect, args, env), FIELDS)
     except KeyboardInterrupt:
-        print("stopped while games were collected; none are kept", file=sys.stderr)
+        print("stopped while games were collected; none were kept", file=sys.stderr)
         raise
     finally:
         with contextlib.suppress(Exception):  # a third party's
@@ -825,7 +827,7 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
 
 
 def make_env(args: Args) -> Any:
-    """Make a PettingZoo parallel environment. Raises ValueError with one line, if it cannot be had or does not fit."""
+    """Make a PettingZoo parallel environment. Raises ValueError with one line if it cannot be made or does not fit."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that `mine:game` finds the user's mine.py
     module, colon, name = args.env_id.partition(":")
@@ -857,13 +859,13 @@ def make_env(args: Args) -> Any:
 
 
 def box_of(env: Any, agent: str) -> Any:
-    """The space of an agent's picture, beside which there may be a mask in a dict."""
+    """The space of an agent's picture, which may be in a dict beside a mask of legal actions."""
     space = env.observation_space(agent)
     return space.spaces.get("observation", space) if isinstance(space, gym.spaces.Dict) else space
 
 
 def collect(args: Args, env: Any, rows: int) -> tuple[Arrays, dict[str, Any]]:
-    """So many rows of games, of scripted players where the game has some. Raises ValueError with one line."""
+    """Play games until there are `rows` rows, with scripted players where the game has some. Raises ValueError."""
     box = box_of(env, env.possible_agents[0])
     needed = 2 * rows * box.dtype.itemsize * math.prod(box.shape)  # what each row shows before and after its step
     if needed > (memory := machine_memory()):
@@ -885,7 +887,7 @@ def collect(args: Args, env: Any, rows: int) -> tuple[Arrays, dict[str, Any]]:
 def see(env: Any, agent: str, seen: Any, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """A copy (C, H, W) of an agent's picture, and its legal actions (A,).
 
-    The mask is beside the picture, in the info, in both, or nowhere: then all actions are legal.
+    The mask may be beside the picture, in the info, or in both; without one all actions are legal.
     """
     legal, shape = np.ones(env.action_space(agent).n, bool), box_of(env, agent).shape
     for place in (seen if isinstance(seen, dict) else {}, info):
@@ -918,7 +920,7 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
             if not chosen or len(table) >= rows:
                 break
             views, rewards, ended, cut, infos = env.step({agent: k + start for agent, k in chosen.items()})
-            # Some games show nothing any more to those who have left: their last view stays.
+            # Some games send no view to agents that have left: their last one stays.
             shown = [agent for agent in dict.fromkeys([*chosen, *env.agents]) if agent in views or agent in env.agents]
             then = now | {agent: see(env, agent, views[agent], infos.get(agent) or {}) for agent in shown}
             paid = np.array([np.asarray(rewards.get(agent, 0.0), float).item() for agent in agents])
@@ -949,13 +951,13 @@ def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arra
     return arrays, {"env_kwargs": {"max_cycles": max_cycles}, "seed": seed, **scaling}
 
 
-UNBOUNDED = 1e6  # bounds that are wider than this are none
+UNBOUNDED = 1e6  # wider bounds count as no bounds
 
 
 def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     """Pictures (N, C, H, W) as uint8, scaled from the bounds of their space to 0..255; uint8 stays as it is.
 
-    Without bounds the range is that of what occurs. Raises ValueError where that is so wide that little would be left.
+    Without bounds, the range is that of the pictures. Raises ValueError if scaling would merge nearly all values.
     """
     low, high = float(box.low.min()), float(box.high.max())
     least, most = float(min(map(np.min, pictures))), float(max(map(np.max, pictures)))
@@ -971,41 +973,41 @@ def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tup
     some = slice(None, None, max(1, pictures[0].size // 100_000))
     before, after = (len(np.unique(values.reshape(-1)[some])) for values in (pictures[0], scaled[0]))
     if 32 * after < min(before, 256):
-        lost = f"of {before:,} values {after} would be left, scaled from {low:g} and {high:g}"
+        lost = f"scaled from [{low:g}, {high:g}] to bytes, only {after} of {before:,} different values would be left"
         raise ValueError(f"{lost}; give its observation space the bounds that matter")
     return tuple(values.astype(np.uint8) for values in scaled), about
 
 
 # Scores, and what is written of an epoch
-def surprise(probabilities: np.ndarray) -> np.ndarray:
-    """-log p, infinite for 0."""
+def negative_log(probabilities: np.ndarray) -> np.ndarray:
+    """-log p in nats, infinite for 0."""
     with np.errstate(divide="ignore"):
         return -np.log(probabilities.astype(np.float64))
 
 
 def expected_nll(q: np.ndarray, true: np.ndarray) -> float:
     """The mean negative log-likelihood of q (R, A), with actions weighted by their true probabilities (R, A)."""
-    return float((true * np.where(true > 0, surprise(q), 0.0)).sum(1).mean())
+    return float((true * np.where(true > 0, negative_log(q), 0.0)).sum(1).mean())
 
 
 def confusion(q: np.ndarray, records: Records, rows: np.ndarray) -> np.ndarray:
-    """Counts (A, A): what was done, by what was predicted."""
+    """Counts (A, A): rows are the actions taken, columns the actions predicted."""
     size = records.sizes.actions
     pairs = records.arrays["action"][rows].astype(int) * size + q.argmax(1)
     return np.bincount(pairs, minlength=size * size).reshape(size, size)
 
 
 def recalls(counts: np.ndarray) -> np.ndarray:
-    """The share (A,) of each action's rows that was predicted, from a confusion matrix; nan where there are none."""
+    """The recall (A,) of each action, from a confusion matrix; nan for an action that was never taken."""
     return np.diag(counts) / np.where(counts.sum(1) > 0, counts.sum(1), np.nan)
 
 
 def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]:
     """Scores of predictions (R, A) on these rows.
 
-    `top1`, `top3`, `balanced_accuracy`, `macro_f1`, `nll`, `ece` (15 bins) are about what was done. Where the policies
-    are known, `expected_top1` is the mean probability of the predicted action, the top-1 accuracy without the luck of
-    the draw, and `regret` the expected NLL above that of history Bayes; else both are nan.
+    `top1`, `top3`, `balanced_accuracy`, `macro_f1`, `nll` and `ece` (15 bins) compare them with the actions taken.
+    Where the true policies are known, `expected_top1` is the mean true probability of the predicted action (top-1
+    without the noise of sampled actions), and `regret` the expected NLL above that of history Bayes; else both are nan.
     """
     action, every = records.arrays["action"][rows].astype(int), np.arange(len(rows))
     guess, sure, counts = q.argmax(1), q.max(1), confusion(q, records, rows)
@@ -1016,7 +1018,7 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]
     result = {
         "rows": len(rows), "top1": hit.mean(), "top3": (np.argsort(-q, 1)[:, :3] == action[:, None]).any(1).mean(),
         "expected_top1": math.nan, "balanced_accuracy": recalls(counts)[present].mean(), "macro_f1": f1.mean(),
-        "nll": surprise(q[every, action]).mean(), "regret": math.nan, "ece": np.abs(gaps).sum(),
+        "nll": negative_log(q[every, action]).mean(), "regret": math.nan, "ece": np.abs(gaps).sum(),
     }  # fmt: skip
     if records.ceilings:
         true, best = records.ceilings["oracle"][rows], records.ceilings["history Bayes"][rows]
@@ -1026,7 +1028,7 @@ def score(q: np.ndarray, records: Records, rows: np.ndarray) -> dict[str, float]
 
 
 def subsets(records: Records, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Positions in `rows` by name: all of them, then those of each strategy that is among them."""
+    """Names and positions in `rows`: "all", then each strategy that occurs."""
     yield "all", np.arange(len(rows))
     for k, name in enumerate(records.strategies):
         part = np.flatnonzero(records.arrays["strategy"][rows] == k)
@@ -1035,7 +1037,7 @@ def subsets(records: Records, rows: np.ndarray) -> Iterator[tuple[str, np.ndarra
 
 
 def score_subsets(q: np.ndarray, records: Records, rows: np.ndarray) -> list[dict[str, Any]]:
-    """`score` of all rows and of each strategy's, one dict each."""
+    """`score` of all rows, then of each strategy's rows."""
     return [{"subset": name, **score(q[part], records, rows[part])} for name, part in subsets(records, rows)]
 
 
@@ -1063,7 +1065,7 @@ def write_epoch(folder: Path, epoch: int, test: Arrays, records: Records) -> Non
 
 # Pictures
 def draw_losses(rows: list[dict[str, float]], title: str) -> Figure:
-    """The objective's loss and its parts, unweighted: means over an epoch's batches, and on validation games."""
+    """The loss and its unweighted parts: means over each epoch's batches, and on the validation games."""
     names = [name for name in LOSSES if not math.isnan(rows[-1][f"validation_{name}"])]
     figure = Figure(figsize=(4.0 * len(names) + 0.6, 3.9), layout="constrained")
     figure.suptitle(title)

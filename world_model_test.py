@@ -1,8 +1,8 @@
 """A world model of a grid game: trained, tested, compared, in numbers and pictures.
 
 From a frame and the joint action of all players, the model predicts the next frame and every player's reward. The test
-asks what an average error hides: how many frames are exactly right, and how many break a rule of the game. Without
-arguments it collects games of Markov Stag-Hunt, trains, and tests on fresh games; `--load` tests a model of yours.
+counts what an average error hides: how many frames are exactly right, and how many break a rule of the game. Without
+arguments it collects games of Markov Stag-Hunt, trains, and tests on other games; `--load` tests a model of yours.
 
 The game: Huang et al., "Efficient Adaptation in Mixed-Motive Environments via Hierarchical Opponent Modeling and
 Planning", ICML 2024, https://arxiv.org/abs/2406.08002; the contrastive term: van den Oord et al., 2018,
@@ -109,7 +109,7 @@ class Args:
     n_blocks: int = 0
     """obstacles of the collected games"""
     stag_moves: bool = False
-    """if toggled, stags move at random, so that no model can be right always"""
+    """if toggled, stags move at random, so that no model can always be right"""
     max_cycles: int = 35
     """the limit of the collected games, in steps"""
     rows: int = 40_000
@@ -153,8 +153,8 @@ class Game(NamedTuple):
     actions: int
     reward_values: list[float]  # in the training data
     single_stag: bool = True
-    pays: dict[str, float] = {}  # all rewards there are, by what they are for; empty: not known  # noqa: RUF012
-    same_reward: float = 0.02  # rewards that are as near are the same: a regression's rounding is no violation
+    pays: dict[str, float] = {}  # all rewards that the game pays, by event; empty: not known  # noqa: RUF012
+    same_reward: float = 0.02  # rewards closer than this count as equal, so that rounding is no violation
     stag_moves: bool = False
 
     @property
@@ -164,14 +164,14 @@ class Game(NamedTuple):
 
     @property
     def entity_channels(self) -> list[int]:
-        """The planes of what is in one place at most: the players, and the stag if there is only one."""
+        """The planes of entities that are in at most one cell: the players, and the stag if there is only one."""
         return list(range(self.players)) + ([self.players + 1] if self.single_stag else [])
 
 
 class Transitions(NamedTuple):
     """Rows: frames (N, C, H, W) uint8, joint actions (N, n) int64 (-1: gone), rewards (N, n), next frames.
 
-    Neighbouring rows of the same `view` (N,) are what one player sees of a game, step `t` (N,) after step.
+    Successive rows with the same `view` (N,) are successive steps `t` (N,) of one game, seen by one player.
     """
 
     obs: Tensor
@@ -187,11 +187,11 @@ class Transitions(NamedTuple):
         return Transitions(*[value[rows] for value in self])
 
     def spread(self, count: int) -> Transitions:
-        """So many rows (or all, if there are fewer), evenly apart."""
+        """At most `count` rows, evenly spaced."""
         return self.select(torch.linspace(0, len(self.obs) - 1, min(count, len(self.obs))).long())
 
     def games(self, count: int) -> Transitions:
-        """All rows of so many games (or of all, if there are fewer), evenly apart."""
+        """All rows of at most `count` games, evenly spaced."""
         names = self.episode.unique()
         chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).long()
         return self.select(torch.isin(self.episode, names[chosen]))
@@ -201,12 +201,15 @@ class Transitions(NamedTuple):
         return Transitions(*[value.to(device) for value in self])
 
     def batches(self) -> Iterator[Transitions]:
-        """All rows, in parts that fit into any memory."""
+        """All rows, in parts of 2,000, so that a pass over a large test needs little memory."""
         return (self.select(rows) for rows in torch.arange(len(self.obs)).split(2_000))
 
 
 def reach(height: int, width: int) -> Tensor:
-    """Whether an entity that is at a place (first index) can be at another one step later; "gone" is for good."""
+    """Whether an entity can get from a place (first index) to another in one step (H W + 1, H W + 1).
+
+    The last place is "gone", from which nobody returns.
+    """
     cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
     near = torch.cdist(cells, cells, p=1.0) <= 1.0
     return F.pad(F.pad(near, (0, 0, 0, 1), value=False), (0, 1), value=True)
@@ -214,12 +217,12 @@ def reach(height: int, width: int) -> Tensor:
 
 def places(obs: Tensor, game: Game) -> Tensor:
     """Where the entities are (B, E): row * width + column, or height * width for "gone"."""
-    planes = obs[:, game.entity_channels].flatten(2)  # of one with several ones (a wrong prediction) the first counts
+    planes = obs[:, game.entity_channels].flatten(2)  # a wrong prediction may have several ones: the first counts
     return torch.where(planes.bool().any(2), planes.argmax(2), planes.shape[2])
 
 
 def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Transitions:
-    """Games of Markov Stag-Hunt between scripted and random players; kept under data/. Raises ValueError."""
+    """Play Markov Stag-Hunt between scripted and random players; cached under data/. Raises ValueError."""
     usual, rules = stag_hunt.Config(**stag_hunt.PRESETS[args.env_id])._asdict(), config._asdict()
     kind = args.env_id + "".join(f"_{name}{value}" for name, value in rules.items() if value != usual[name])
     path = Path("data") / f"markov_stag_hunt_{kind}_limit{args.max_cycles}_{rows}_seed{seed}.npz"
@@ -231,7 +234,7 @@ def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Trans
 
 
 def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | None]:
-    """Training and test transitions, and the game's rules, where they are known. Raises ValueError with one line."""
+    """Training and test transitions, and the game's rules if they are known. Raises ValueError with one line."""
     if args.data is None:
         sizes = {name: getattr(args, name) for name in ("size", "n_stags", "n_hares", "n_blocks", "stag_moves")}
         config = stag_hunt.Config(**{**stag_hunt.PRESETS[args.env_id], **sizes}).check()
@@ -253,11 +256,11 @@ def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | 
 
 # Model ---------------------------------------------------------------------------------------------------------------
 class Prediction(NamedTuple):
-    """What a model says of a batch; which fields are there depends on `--model`.
+    """A model's output for a batch; `--model` decides which fields are there.
 
     `planes` (B, C, H, W): values (mse) or logits (cell; entity: obstacles, stags, hares). `entities` (B, E, H W + 1):
-    logits of each player's and the single stag's place. `frame` (B, C, H, W) uint8: the next frame that `rewards` go
-    with, which are (B, n) values, or (B, n, V) logits. `features` (B, hidden, H, W) are the trunk's.
+    logits of each player's and the single stag's place. `frame` (B, C, H, W) uint8: the next frame, on which
+    `rewards` are conditioned: (B, n) values, or (B, n, V) logits. `features` (B, hidden, H, W) are the trunk's.
     """
 
     planes: Tensor
@@ -268,7 +271,7 @@ class Prediction(NamedTuple):
 
 
 def pick(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Of logits (..., V) the index of the most likely value, or, with `generator`, of one that is drawn."""
+    """The index (...) of the most likely value under logits (..., V), or, with `generator`, of a sampled one."""
     if generator is None:
         return logits.argmax(-1)
     shares = logits.softmax(-1).flatten(0, -2).cpu()
@@ -284,9 +287,9 @@ def nll(logits: Tensor, value: Tensor) -> Tensor:
 class WorldModel(nn.Module):
     """Frame (B, C, H, W) and joint action (B, n) -> next frame and rewards; with its optimizer and update.
 
-    A 3 x 3 convolution and a 1 x 1 convolution give each cell its features. What happens to a cell is read there; who
-    leaves, and what is paid, from features and inputs at the entity's own cell. So it fits boards of any size, but for
-    the contrastive term's two projections.
+    A 3 x 3 and a 1 x 1 convolution give each cell its features, from which the cell's planes are predicted. Who leaves,
+    and what is paid, is predicted from the features and inputs at the entity's own cell. So the weights fit boards of
+    any size, except for the contrastive term's two projections.
     """
 
     def __init__(self, game: Game, args: Args) -> None:
@@ -301,11 +304,11 @@ class WorldModel(nn.Module):
         self.trunk = nn.Sequential(*layers, nn.Conv2d(hidden, hidden, 1), nn.ReLU())
         entities = len(game.entity_channels) if self.kind == "entity" else 0
         self.cell_head = nn.Conv2d(hidden, channels + entities, 1)
-        here = hidden + inputs  # with the inputs themselves: several players' actions in one cell crowd its features
+        here = hidden + inputs  # the features alone are too narrow for the actions of several players in one cell
         if entities:
-            # An output for each own action, which all players share, and one for the stag.
+            # One output for each action of the player itself, shared by all players, and one for the stag.
             self.gone_head = nn.Sequential(nn.Linear(here, 64), nn.ReLU(), nn.Linear(64, game.actions + 1))
-        # Rewards read what the next state will be: who leaves, and what prey is left in the player's cell.
+        # Rewards also depend on the next frame: who is gone, and what prey is left in the player's cell.
         next_state, values = (0, 1) if self.kind == "mse" else (n + 2, len(game.reward_values))
         self.reward_head = nn.Sequential(nn.Linear(here + next_state, 64), nn.ReLU(), nn.Linear(64, n * values))
         if args.contrastive_coef > 0.0:
@@ -315,7 +318,7 @@ class WorldModel(nn.Module):
             self.key = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(32 * cells, 64))
         self.register_buffer("values", torch.tensor(game.reward_values), persistent=False)
         self.register_buffer("reach", reach(game.height, game.width), persistent=False)
-        self.to(memory_format=torch.channels_last)  # the convolutions are faster so
+        self.to(memory_format=torch.channels_last)  # makes the convolutions faster
         self.optimizer = torch.optim.Adam(self.parameters(), lr=args.learning_rate, fused=True)
 
     def inputs(self, obs: Tensor, acts: Tensor, where: Tensor) -> Tensor:
@@ -331,7 +334,7 @@ class WorldModel(nn.Module):
 
     @staticmethod
     def at(features: Tensor, where: Tensor) -> Tensor:
-        """Features (B, E, hidden) of the cells `where` (B, E); zeros for who is gone."""
+        """Features (B, E, hidden) at the cells `where` (B, E); zeros for an entity that is gone."""
         features = features.flatten(2)
         cells = features.shape[2]
         index = where.clamp_max(cells - 1)[:, None].expand(-1, features.shape[1], -1)
@@ -340,7 +343,7 @@ class WorldModel(nn.Module):
     def forward(
         self, obs: Tensor, actions: Tensor, next_obs: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Prediction:
-        """The prediction. Rewards are read off `next_obs`, or, without it, off the predicted (drawn) frame."""
+        """The prediction. Rewards are conditioned on `next_obs`, or, without it, on the predicted (sampled) frame."""
         game, n, where = self.game, self.game.players, places(obs, self.game)
         acts = (F.one_hot(actions.clamp_min(0), game.actions) * (actions >= 0)[:, :, None]).float()  # (B, n, A)
         inputs = self.inputs(obs, acts, where)
@@ -360,14 +363,14 @@ class WorldModel(nn.Module):
         if self.kind != "mse":
             gone = (~next_obs[:, :n].bool().flatten(2).any(2)).float()[:, None].expand(-1, n, -1)
             own = torch.cat((own, gone, self.at(next_obs[:, -2:].float(), where[:, :n])), 2)
-        # Each player has outputs of its own, so that the head need not find out whose cell it reads.
+        # Each player has its own outputs, so the head need not infer whose cell it reads.
         rewards = self.reward_head(own).unflatten(2, (n, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
         return Prediction(planes, entities, next_obs, rewards[..., 0] if self.kind == "mse" else rewards, features)
 
     def frame(self, planes: Tensor, entities: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """The predicted frame (B, C, H, W) uint8: the most likely one, or, with `generator`, one drawn.
+        """The predicted frame (B, C, H, W) uint8: the most likely one, or, with `generator`, a sampled one.
 
-        Planes of mse, which are values, are rounded at 0.5 and never drawn.
+        With `mse` the planes are values: rounded at 0.5, never sampled.
         """
         if self.kind == "mse" or generator is None:
             frame = planes > (0.5 if self.kind == "mse" else 0.0)
@@ -380,14 +383,14 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, obs: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The most likely next frames (B, C, H, W) uint8 and rewards (B, n), or, with `generator`, drawn ones."""
+        """The most likely next frames (B, C, H, W) uint8 and rewards (B, n), or, with `generator`, sampled ones."""
         prediction = self(obs.to(self.values.device), actions.to(self.values.device), generator=generator)
         rewards = prediction.rewards if self.kind == "mse" else self.values[pick(prediction.rewards, generator)]
         return prediction.frame.cpu(), rewards.cpu()
 
     @torch.no_grad()
     def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected next frames (B, C, H, W) and rewards (B, n): what has the least squared error."""
+        """Expected next frames (B, C, H, W) and rewards (B, n), which minimise the squared error."""
         prediction = self(obs.to(self.values.device), actions.to(self.values.device))
         planes, rewards = prediction.planes, prediction.rewards
         if self.kind != "mse":
@@ -404,16 +407,16 @@ class WorldModel(nn.Module):
         return query @ key.T / 0.1
 
     def losses(self, batch: Transitions) -> dict[str, Tensor]:
-        """The parts of the loss: frame, reward and, where it is asked for, the contrastive term.
+        """The parts of the loss: frame, reward and, with `--contrastive-coef`, the contrastive term.
 
-        The frame's is summed over a frame and averaged over the batch: a negative log-likelihood in nats, or squares.
+        The frame's loss is summed over a frame and averaged over the batch: nats, or with `mse` squared errors.
         """
         prediction, target = self(batch.obs, batch.actions, batch.next_obs), batch.next_obs.float()
         if self.kind == "mse":
             frame = (prediction.planes - target).square().flatten(1).sum(1).mean()
             reward = (prediction.rewards - batch.rewards).square().sum(1).mean()
         else:
-            own = self.game.entity_channels if self.kind == "entity" else []  # they have places instead
+            own = self.game.entity_channels if self.kind == "entity" else []  # these are predicted as places instead
             planes = [channel for channel in range(target.shape[1]) if channel not in own]
             logits, cells = prediction.planes[:, planes], target[:, planes]
             error = F.binary_cross_entropy_with_logits(logits, cells, reduction="none")
@@ -428,7 +431,7 @@ class WorldModel(nn.Module):
         return result
 
     def update(self, batch: Transitions, progress: float = 0.0) -> dict[str, Tensor]:
-        """One step on the sum of the losses; `progress` in [0, 1] lets the learning rate fall to 0."""
+        """One step of Adam on the sum of the losses; the learning rate falls to 0 as `progress` goes from 0 to 1."""
         losses = self.losses(batch)
         weights = {"contrastive": self.args.contrastive_coef}
         losses["total"] = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
@@ -446,7 +449,7 @@ RULES = ("duplicated", "jumped", "vanished", "stayed", "reappeared", "in an obst
 
 
 def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-    """Which next frames (B,) break which rule of Markov Stag-Hunt, `any`, or `any in the frame`: without the reward."""
+    """For each rule of Markov Stag-Hunt, which next frames (B,) break it; `any in the frame` leaves the reward out."""
     n, now, after = game.players, obs.flatten(2).bool(), next_obs.flatten(2).bool()  # (B, C, H W)
     players, next_players = now[:, :n], after[:, :n]
     was, there, near = players.any(2), next_players.any(2), reach(game.height, game.width)
@@ -485,7 +488,7 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
 
 
 def measure_frames(game: Game, predict: Predict, data: Transitions) -> dict[str, Any]:
-    """Exact frames, violations and rewards of `predict` on `data`, as shares of 1 (see `report` for their names)."""
+    """Shares (0 to 1) of exact frames, violations and right rewards of `predict` on `data`; `report` explains them."""
     events, counts = {name: pay for name, pay in game.pays.items() if pay}, {}
     for batch in data.batches():
         frame, rewards = predict(batch.obs, batch.actions)
@@ -528,9 +531,9 @@ def measure_values(expected: Predict, data: Transitions) -> dict[str, Any]:
 
 
 def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[int, float]:
-    """Share of exact frames after k steps that see only predicted frames, of those views that last `steps` steps more.
+    """The share of exact frames after k steps in which the model sees only its own frames, for k up to `steps`.
 
-    All are rolled out together. Starts are where such a game is first seen, and every `steps` steps.
+    Roll-outs start at every `steps`-th step of each view, if it lasts `steps` steps more.
     """
     first = torch.arange(max(len(data.obs) - steps + 1, 0))
     rows = first[(data.view[first] == data.view[first + steps - 1]) & (data.t[first] % steps == 0)]
@@ -545,9 +548,9 @@ def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[i
 
 @torch.no_grad()
 def calibration(model: WorldModel, data: Transitions, bins: int = 15) -> dict[str, float]:
-    """Negative log-likelihood of a next frame in nats, and the expected calibration error of the players' places.
+    """Negative log-likelihood of a next frame in nats, and expected calibration error of the players' places.
 
-    (With `cell` the error is that of each plane's value in each cell.) Not defined for `mse`.
+    With `cell`, the calibration error is that of each cell of the players' planes. Not defined for `mse`.
     """
     n, total, shares, hits = model.game.players, 0.0, [], []
     for batch in data.batches():
@@ -569,7 +572,7 @@ def calibration(model: WorldModel, data: Transitions, bins: int = 15) -> dict[st
 
 @torch.no_grad()
 def ranking(model: WorldModel, data: Transitions, pool: int = 1_000) -> dict[str, float]:
-    """Hits@1 and mean reciprocal rank of the true next frame among a pool of as many, by the contrastive similarity."""
+    """Hits@1 and mean reciprocal rank of the true next frame among `pool` frames, by the contrastive similarity."""
     batch = data.spread(pool).to(model.values.device)
     similarity = model.similarity(model(batch.obs, batch.actions).features, batch.next_obs)
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
@@ -577,7 +580,7 @@ def ranking(model: WorldModel, data: Transitions, pool: int = 1_000) -> dict[str
 
 
 def evaluate(model: WorldModel | Foreign, data: Transitions, game: Game) -> dict[str, float]:
-    """How good the most likely next frame is on `data`, as shares of 1, and the expected frame's squared error."""
+    """How good the most likely next frame is on `data`, as shares (0 to 1), and the expected frame's squared error."""
     metrics = measure_frames(game, model.predict, data)
     metrics |= {"any_violation": metrics["violation any"], **measure_values(model.expected, data)}
     names = ("exact", "exact_changed", "any_violation", "reward_event", "obs_mse")
@@ -588,10 +591,10 @@ def measure(
     model: WorldModel | Foreign, game: Game, train: Transitions, test: Transitions, args: Args,
     config: stag_hunt.Config | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The whole test, beside a copied frame, the training data's mean, and the truth, which must break no rule."""
+    """The whole test, compared with copying the frame, the training mean, and the truth, which must break no rule."""
     ours = isinstance(model, WorldModel)
     draws = ours and model.kind != "mse"
-    generator = torch.Generator().manual_seed(args.seed)  # draws have a random stream of their own
+    generator = torch.Generator().manual_seed(args.seed)  # sampling has its own random stream
     sample = functools.partial(model.predict, generator=generator) if draws else None
     true = ((batch.next_obs, batch.rewards) for batch in test.batches())
     mean_frame, mean_rewards = train.next_obs.float().mean(0), train.rewards.mean(0)
@@ -621,7 +624,7 @@ def measure(
 
 # Main ----------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> Path:
-    """Train a model, or take one, test it, and return the run folder."""
+    """Train a model, or load one, test it, and return the run folder."""
     try:
         check(args)
         train, test, config = find_data(args)
@@ -717,7 +720,7 @@ FIELDS = {  # of a file: type, dimensions, least and greatest value, what they a
 }
 NEEDED, IDS = ["obs", "actions", "rewards", "next_obs"], ["episode", "agent", "t"]  # these are for roll-outs
 RECORD_FIELDS = ("obs", "joint_action", "rewards", "next_obs", *IDS, "split")
-MOST_REWARDS = 100  # more values than that are no rule of a game
+MOST_REWARDS = 100  # more different rewards can't be a game's rule
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -789,7 +792,7 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
 
 
 class Foreign(nn.Module):
-    """Anybody's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
+    """A user's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
 
     def __init__(self, name: str) -> None:
         """Import it. Raises ValueError with one line if it cannot be found."""
@@ -823,7 +826,7 @@ class Foreign(nn.Module):
 
 
 def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
-    """A function, tried on all of the test, or a model.pt of this script, for any board. Raises ValueError, OSError."""
+    """A user's function, tried on the whole test, or a model.pt of this script. Raises ValueError, OSError."""
     if ":" in name and not Path(name).exists():
         foreign, least, most = Foreign(name), 0.0, 1.0
         for batch in test.batches():
@@ -838,7 +841,7 @@ def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
         content = torch.load(name, map_location="cpu", weights_only=True)
         args, own = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
         state = content["agent"]
-        if (own.height, own.width) != (game.height, game.width):  # what belongs to a board's size is for training only
+        if (own.height, own.width) != (game.height, game.width):  # the parts that depend on it serve training only
             args.contrastive_coef = 0.0
             state = {key: value for key, value in state.items() if not key.startswith(("query.", "key."))}
         model = WorldModel(own._replace(height=game.height, width=game.width), args)
@@ -880,7 +883,7 @@ def find_game(train: Transitions, test: Transitions, args: Args, config: stag_hu
 
 
 def check(args: Args) -> None:
-    """Refuse what cannot work, and fill in what --env says of the board. Raises ValueError with one line."""
+    """Refuse what cannot work, and fill in the board of --env. Raises ValueError with one line."""
     positive = ("total_timesteps", "max_cycles", "rows", "test_rows", "hidden_dim", "num_layers", "batch_size")
     positive += ("open_loop_steps", "checkpoint_frequency", "eval_frequency", "eval_episodes")
     least = {**dict.fromkeys(positive, 1), "learning_rate": 1e-12, "size": 2}
@@ -897,7 +900,7 @@ def check(args: Args) -> None:
                 setattr(args, name, value)
     cells, inputs, layers = (args.size or 8) ** 2, 36, args.num_layers + 1
     collected = 0 if args.data else 4 * (args.rows + args.test_rows) * (14 * cells + 500)
-    paths = 1_024 * (cells + 1) ** 2 * 16 if args.n_blocks else 0  # the shortest ways on each game's board
+    paths = 1_024 * (cells + 1) ** 2 * 16 if args.n_blocks else 0  # a table of shortest paths for each game
     batch = 16 * args.batch_size * cells * (inputs + layers * args.hidden_dim)
     weights = 16 * args.hidden_dim * (9 * inputs + 9 * args.hidden_dim * layers)
     wanted, memory = collected + paths + batch + weights, machine_memory()
@@ -917,7 +920,7 @@ def check_data(args: Args, game: Game, train: Transitions, test: Transitions) ->
 
 
 def impossible(model: WorldModel) -> list[str]:
-    """Violations that a model's form rules out: nothing that it is praised for."""
+    """Violations that the model's form makes impossible: their absence is no merit."""
     rules = []
     if model.kind != "mse":
         rules.append("reward")
@@ -929,7 +932,7 @@ def impossible(model: WorldModel) -> list[str]:
 
 
 def report(result: dict[str, Any], game: Game, name: str) -> str:
-    """One screen of text."""
+    """The result of `measure` as one screen of text."""
     values, copy, mean = result["values"], result["values_copy"], result["values_mean"]
     channels = zip(game.channel_names, values["channel_mse"], strict=True)
     columns = [key for key in ("mode", "sample", "copy", "truth") if result[key]]
@@ -966,7 +969,7 @@ def report(result: dict[str, Any], game: Game, name: str) -> str:
 
 
 def worst(game: Game, predict: Predict, data: Transitions) -> Tensor:
-    """The eight worst rows: first those that break a rule, then those that are wrong, by the number of wrong cells."""
+    """The eight worst rows: those that break a rule first, each group by its number of wrong cells."""
     scores = []
     for batch in data.batches():
         frame, rewards = predict(batch.obs, batch.actions)
@@ -977,10 +980,10 @@ def worst(game: Game, predict: Predict, data: Transitions) -> Tensor:
 
 
 def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tensor) -> Figure:
-    """Each row's frame with the joint action, the true next frame, the predicted one, which is red if unlawful.
+    """For each row: frame and joint action, true next frame, predicted next frame (red if it breaks a rule).
 
-    Obstacles are grey, the stag brown, hares green; players are numbers, 0 is the ego. The signs are their actions:
-    arrows, a dot for staying, S or H for hunting the stag or a hare.
+    Obstacles are grey, the stag brown, hares green; players are numbers, 0 is the ego. Signs show their actions: an
+    arrow, a dot for staying, S or H for hunting the stag or a hare.
     """
     broken = violations(game, data.obs, data.actions, frame, rewards)
     wrong = (frame != data.next_obs).flatten(1).any(1)
@@ -990,14 +993,14 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
     for row, axes in enumerate(figure.subplots(len(frame), 3, squeeze=False)):
         verdict = ", ".join(rule for rule in RULES if broken[rule][row])
         true, paid = (", ".join(f"{value:.2f}" for value in pay[row].tolist()) for pay in (data.rewards, rewards))
-        told = f"predicted: {verdict or ('wrong frame' if wrong[row] else 'right frame')}\n"
-        told += f"{'wrong rewards' if mispaid[row] else 'rewards'} {paid}"
-        titles = ("frame and joint action", f"true next frame\nrewards {true}", told)
+        predicted = f"predicted: {verdict or ('wrong frame' if wrong[row] else 'right frame')}\n"
+        predicted += f"{'wrong rewards' if mispaid[row] else 'rewards'} {paid}"
+        titles = ("frame and joint action", f"true next frame\nrewards {true}", predicted)
         for axis, planes, title in zip(axes, (data.obs[row], data.next_obs[row], frame[row]), titles, strict=True):
             kind = (planes[-3:].long() * torch.arange(1, 4)[:, None, None]).amax(0)
             axis.pcolormesh(ground[kind], edgecolors="#e4e4e0", linewidth=0.5)
             axis.set(xticks=[], yticks=[], ylim=(len(kind), 0), aspect="equal")
-            red = title is told and verdict
+            red = title is predicted and verdict
             axis.spines[:].set(color="red" if red else "#b0b2b6", linewidth=2.5 if red else 1.0)
             axis.set_title(title, fontsize=7)
             for i, y, x in planes[:-3].nonzero().tolist():
@@ -1009,7 +1012,7 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
 
 
 def film_open_loop(game: Game, predict: Predict, data: Transitions, folder: Path) -> list[Path]:
-    """Write mp4 videos of roll-outs that see predicted frames only, beside the truth: of the three longest views."""
+    """Write mp4 videos of roll-outs on predicted frames beside the truth, for the three longest views."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from moviepy import ImageSequenceClip  # slow to import, and only needed here
 

@@ -306,7 +306,7 @@ def test_all_frames_of_a_row_are_turned_alike(context, data):
             for j in range(4):
                 old = batch.previous[i, order[unit[i], j]].argmax()
                 new = after.previous[i, j].argmax()
-                assert new == symmetry.becomes[turn[unit[i]], old] and (new == 7) == (old == 7)
+                assert new == symmetry.turned_action[turn[unit[i]], old] and (new == 7) == (old == 7)
 
 
 # --- networks ---
