@@ -490,21 +490,21 @@ class HyARTD3(nn.Module):
 
     @torch.no_grad()
     def update_latent_range(self, batch: Batch) -> None:
-        """Set the latent range (section 3.3) and `state_error` from these rows: what most of their latents span."""
-        vae, parts = self.vae, []
+        """Set the latent range (section 3.3) to what most of these rows' latents span; and `state_error`."""
+        vae, embedding, parts = self.vae, self.vae.discrete_embedding(), []
         for columns in zip(*(column.split(500) for column in batch), strict=True):  # as much as fits the cache
             part = Batch(*columns)
-            noise = torch.randn(len(part.k), self.latent_dim, device=self.mask.device)
-            _, delta, mean, std = vae(part.observation, part.k, part.x, noise)
-            error = (delta - (part.next_observation - part.observation)).square().mean(1)
-            parts.append((mean + std * noise, error, kl_divergence(mean, std)))
-        latent, error, kl = (torch.cat(values) for values in zip(*parts, strict=True))
+            mean, std = vae.encode(part.observation, embedding[part.k], part.x)
+            parts.append((mean + std * torch.randn_like(mean), kl_divergence(mean, std)))
+        latent, kl = (torch.cat(values) for values in zip(*parts, strict=True))
         border = min(int(self.args.latent_range_tail * len(latent)), (len(latent) - 1) // 2)
         ordered = latent.sort(0).values
         vae.latent_low.copy_(ordered[border])
         vae.latent_high.copy_(ordered[-border - 1])
-        vae.state_error.copy_(error.mean())
         vae.latent_information.copy_(kl.mean(0))
+        some = Batch(*(column[:STATE_ERROR_ROWS] for column in batch))
+        delta = vae.select_delta_state(some.observation, some.k, latent[:STATE_ERROR_ROWS], in_latent_range=False)
+        vae.state_error.copy_((delta - (some.next_observation - some.observation)).square().mean())
 
     @torch.no_grad()
     def relabel(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -626,6 +626,7 @@ def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: 
 EXPLORATION_NOISE_START = 1.0  # standard deviation in the first episode
 VAE_UPDATE_START = 1_000  # episode of the learning phase from which the VAE is trained further
 LATENT_RANGE_ROWS = 5_000  # transitions whose latents give the latent range
+STATE_ERROR_ROWS = 1_000  # of these, which give the mean error of the predicted state change: decoding is slow
 
 
 def random_phase(env: HybridEnv, buffer: ReplayBuffer, args: Args, run: Run) -> None:
