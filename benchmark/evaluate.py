@@ -5,16 +5,17 @@
     python benchmark/evaluate.py runs/NAME --at-least 0.9
     python benchmark/evaluate.py runs/NAME --still --own-episodes
     python benchmark/evaluate.py runs/NAME --cloned
+    python benchmark/evaluate.py benchmark/pretrained/Platform-v0 --video videos
 
 The third exits with status 1 if the mean return is below 0.9. The fourth tells what the starts of a SAC+AE run's own
-evaluation episodes are worth to a policy that does nothing; the last, what PLAS's VAE has copied of its data's
-behaviour, which its policy is to improve on.
+evaluation episodes are worth to a policy that does nothing; the fifth, what PLAS's VAE has copied of its data's
+behaviour, which its policy is to improve on. The last plays and films a trained model that comes with the project.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,10 @@ class Args:
     """if toggled, play actions of 0 instead of SAC+AE's policy"""
     cloned: bool = False
     """if toggled, play what PLAS's VAE decodes from z = 0 instead of its policy"""
+    video: Path | None = None
+    """a new folder, to which mp4 videos of the policy's first three episodes are written"""
+    export: Path | None = None
+    """a new file, to which what HyAR-TD3 needs for playing is written: its averaged policy and its decoder"""
 
 
 Agent = hyar_td3.HyARTD3 | sac_ae_pixels.SACAE | plas_pixels.PLAS
@@ -106,9 +111,35 @@ def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.Hy
     plays = ("actor", "average_actor", "vae", "initial_embedding")
     weights = {name: value for name, value in content["agent"].items() if name.split(".")[0] in plays}
     agent.load_state_dict({**agent.state_dict(), **weights})
+    agent.exported = "actor.0.weight" not in weights
     env.scale.center, env.scale.width = content["center"].numpy(), content["width"].numpy()
     agent.scale = env.scale
     return agent
+
+
+def export(path: Path, model: Path) -> None:
+    """Write what the averaged policy of HyAR-TD3 needs for playing, from a model file. Exits 2 for another script's."""
+    content = torch.load(model, map_location="cpu", weights_only=True)
+    parts = ("average_actor.", "initial_embedding", "mask", "vae.decoder", "vae.parameter_head", "vae.latent")
+    parts += ("vae.embedding_table",)
+    if "center" not in content or "agent" not in content:
+        usage_error(f"--export is for models that hyar_td3.py writes today; {model} is another")
+    content["agent"] = {name: value for name, value in content["agent"].items() if name.startswith(parts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, for playing alone")
+
+
+def film(agent: Agent, folder: Path, seed: int) -> None:
+    """Write videos of three episodes of the policy."""
+    settings = replace(agent.args, seed=seed, eval_episodes=3)
+    if isinstance(agent, hyar_td3.HyARTD3):
+        videos = hyar_td3.record_videos(agent, settings, agent.scale, folder)
+    elif isinstance(agent, plas_pixels.PLAS):
+        videos = plas_pixels.record_videos(agent, settings, folder)
+    else:
+        videos = sac_ae_pixels.record_videos(agent, settings, folder, 0)
+    print("videos:", *videos)
 
 
 def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
@@ -126,6 +157,8 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
         return plas_pixels.evaluate(agent, environments, seed), policy
     if isinstance(agent, hyar_td3.HyARTD3):
         environments = [hyar_td3.make_env(agent.args, agent.scale) for _ in range(args.episodes)]
+        if agent.exported and not args.average:
+            usage_error("this model was exported for playing its averaged policy; leave out --no-average")
         policy = "the policy's moving average" if args.average else "the actor"
         return hyar_td3.evaluate(agent, environments, seed, average=args.average), policy
     try:
@@ -143,6 +176,9 @@ def main(args: Args) -> None:
     for name, value, least in (("episodes", args.episodes, 1), ("seed", args.seed, 0)):
         if value < least:
             usage_error(f"--{name} {value}: at least {least} expected")
+    for flag, new in (("video", args.video), ("export", args.export)):
+        if new is not None and new.exists():
+            usage_error(f"--{flag} {new} is there already; give a new name, or remove it")
     path = args.run / args.model
     torch.set_num_threads(1)
     agent = load_agent(path)
@@ -152,6 +188,10 @@ def main(args: Args) -> None:
     success = "" if math.isnan(rate) else f", success rate {rate:.3f}"
     print(f"{path}, {args.episodes} {kind} episodes of {agent.args.env_id}, {policy}:")
     print(f"return {mean:.3f} ± {result['return_std']:.3f}{success}, length {result['episodic_length']:.1f}")
+    if args.video is not None:
+        film(agent, args.video, args.seed)
+    if args.export is not None:
+        export(args.export, path)
     if args.at_least is not None and not mean >= args.at_least:
         print(f"the mean return {mean:.3f} is below {args.at_least:g}")
         raise SystemExit(1)

@@ -619,6 +619,23 @@ def test_evaluate_fails_below_the_limit(trained, capsys):
     assert "is below 2" in capsys.readouterr().out
 
 
+def test_an_exported_model_plays_alone(trained, tmp_path, capsys):
+    """It is small, plays the averaged policy as the run's own model does, and knows that it has no other."""
+    file = tmp_path / "Platform-v0" / "best_model.pt"
+    evaluate.main(evaluate.Args(trained, episodes=3, export=file))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert file.stat().st_size < 1e6 and third == f"{file}: {file.stat().st_size / 1e6:.2f} MB, for playing alone"
+    evaluate.main(evaluate.Args(file.parent, episodes=3, video=tmp_path / "videos"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == first.replace(str(trained), str(file.parent)) and lines[1] == second
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
+    refused = {"average": False}, {"video": tmp_path / "videos"}, {"export": file}
+    for changes in refused:
+        with pytest.raises(SystemExit) as exit_:
+            evaluate.main(evaluate.Args(file.parent, episodes=1, **changes))
+        assert exit_.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_evaluate_from_the_command_line_without_a_model(tmp_path):
     command = [sys.executable, BENCHMARK / "evaluate.py", tmp_path, "--at-least", "0.9"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
