@@ -127,13 +127,14 @@ def number(value: str | float) -> float:
 
 
 def spread(values: Iterable[float]) -> str:
-    """`mean ± standard deviation` (NumPy's, over N), without the second part for a single value or for none at all."""
+    """`mean ± sample standard deviation`, without the second part for a single value or for none at all."""
     values = np.array(list(values))
     if np.isnan(values).all():
         return "–"
     if np.isinf(values).any():
         return "infinite"
-    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 and values.std() >= 5e-4 else "")
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    return f"{values.mean():.3f}" + (f" ± {deviation:.3f}" if deviation >= 5e-4 else "")
 
 
 # Report of a run -----------------------------------------------------------------------------------------------------

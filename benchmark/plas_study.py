@@ -22,6 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark import plot
 from benchmark.plot import bootstrap_interval, interquartile_mean, markdown, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,10 +96,9 @@ def values(rows: list[Row], dataset: str, signal: str, step: int, column: str) -
 
 
 def mean_and_std(column: np.ndarray) -> str:
-    """`mean ± standard deviation` over seeds, without the second part for a single one."""
-    if np.isnan(column).all():
-        return "–"
-    return f"{np.nanmean(column):.2f}" + (f" ± {np.nanstd(column):.2f}" if len(column) > 1 else "")
+    """`mean ± sample standard deviation` over seeds, without the second part for a single one."""
+    known = column[~np.isnan(column)]
+    return plot.mean_and_std(known, 2) if len(known) else "–"
 
 
 def difference(rows: list[Row], dataset: str, pair: tuple[str, str], step: int, column: str) -> str:

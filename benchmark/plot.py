@@ -252,10 +252,10 @@ def draw_all(script: str, folder: Path, results: dict[Key, Seeds]) -> None:
 
 # Tables --------------------------------------------------------------------------------------------------------------
 def mean_and_std(values: Iterable[float], decimals: int = 3) -> str:
-    """`mean ± standard deviation` (NumPy's, over N), without the second part for a single value."""
+    """`mean ± sample standard deviation`, without the second part for a single value."""
     values = np.array(list(values))
     mean = f"{values.mean():.{decimals}f}"
-    return f"{mean} ± {values.std():.{decimals}f}" if len(values) > 1 else mean
+    return f"{mean} ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else mean
 
 
 def each_seed(scores: dict[int, float], decimals: int = 3) -> str:

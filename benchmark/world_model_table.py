@@ -63,14 +63,14 @@ def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarra
 
 
 def table(rows: Runs) -> str:
-    """Mean and standard deviation over seeds, in Markdown."""
+    """Mean and sample standard deviation over seeds, in Markdown."""
     lines = []
     for row, runs in rows.items():
         cells = []
         for part, name, factor in COLUMNS.values():
             numbers = factor * values(runs, part, name)
             form = ".1e" if name in ("obs_mse", "reward_mse") else ".3f" if factor == 100 else ".2f"
-            spread = f" ± {numbers.std():{form}}" if len(numbers) > 1 and part != "limit" else ""
+            spread = f" ± {numbers.std(ddof=1):{form}}" if len(numbers) > 1 and part != "limit" else ""
             cells.append("–" if np.isnan(numbers).all() else f"{np.nanmean(numbers):{form}}{spread}")
         lines.append([row, str(len(runs)), *cells])
     return markdown(["row", "seeds", *COLUMNS], lines)
@@ -160,7 +160,8 @@ def main(args: Args) -> None:
     for name, text in (("table", table(rows)), ("events", events(rows))):
         (args.results / f"{name}.md").write_text(text)
         print(text)
-    draw(rows).savefig(args.results / "steps.png", dpi=110)
+    study = {row: runs for row, runs in rows.items() if not row.startswith("board")}
+    draw(study).savefig(args.results / "steps.png", dpi=110)
 
 
 if __name__ == "__main__":

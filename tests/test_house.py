@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import platform
@@ -240,6 +241,43 @@ def test_every_flag_that_its_page_names_exists(name):
         if not OTHER_PROGRAMS.search(line):
             for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line):
                 assert flag in flags(name), f"{page.name}: {flag}"
+
+
+COMMON = ROOT / "docs" / "common.md"
+SECTIONS = (
+    "Quick start", "What it does", "Options", "Use your own", "Metrics", "Results", "What we learnt",
+    "Differences from the original", "Speed",
+)  # fmt: skip
+
+
+@each_script
+def test_every_option_is_on_its_page_or_on_the_common_one(name):
+    table = "".join(line for line in COMMON.read_text().splitlines() if line.startswith("| `--"))
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    options = page[page.index("## Options") : page.index("## Use your own")]
+    for field in dataclasses.fields(importlib.import_module(name).Args):
+        flag = "--env" if field.name == "env_id" else f"--{field.name.replace('_', '-')}"
+        either = (flag, flag.replace("--", "--no-", 1))
+        assert any(f"`{word}" in table + options for word in either), f"{name}.md: {flag}"
+
+
+@each_script
+def test_a_page_has_the_usual_sections_in_order_and_is_short(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    assert len(headings) == len(SECTIONS)
+    assert all(found.startswith(wanted) for found, wanted in zip(headings, SECTIONS, strict=True))
+    assert len(page.splitlines()) <= 150
+
+
+def test_links_and_pictures_of_the_pages_exist():
+    seen = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                seen += 1
+    assert seen > 40
 
 
 @each_script
