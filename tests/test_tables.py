@@ -59,10 +59,31 @@ def test_deviations_are_sample_deviations():
     assert tables.mean_and_std([1.0, 3.0], 2) == "2.00 ± 1.41" and tables.mean_and_std([1.0], 2) == "1.00"
 
 
-def test_an_unknown_table_is_refused(copy, capsys):
-    (copy / "docs" / "new.md").write_text("<!-- table nothing: python benchmark/tables.py -->\n<!-- end of table -->\n")
+START, END = "<!-- table plas-long: python benchmark/tables.py -->\n", "<!-- end of table -->\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (START.replace("plas-long", "nothing") + END, "new.md has a table nothing, which is not one of scripts, hyar-"),
+        (START + START + END, "new.md has a mark of a table without its other mark, or misspelt"),
+        (START.replace("python ", "") + END, "new.md has a mark of a table without its other mark, or misspelt"),
+        (END, "new.md has a mark of a table without its other mark, or misspelt"),
+    ],
+)
+def test_a_wrong_mark_is_refused_before_a_page_is_written(text, message, copy, capsys):
+    stale = (copy / "README.md").read_text().replace("99.997", "99.998")
+    (copy / "README.md").write_text(stale)
+    (copy / "docs" / "new.md").write_text(text)
     with pytest.raises(SystemExit) as exit_:
         tables.main(tables.Args(root=copy))
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: new.md has a table nothing, which is not one of scripts, hyar-results, ")
+    assert line.startswith(f"error: {message}")
+    assert (copy / "README.md").read_text() == stale and "99.998" in stale
+
+
+def test_a_folder_without_a_readme_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        tables.main(tables.Args(root=tmp_path))
+    assert exit_.value.code == 2 and capsys.readouterr().err == f"error: --root {tmp_path}: no README.md there\n"
