@@ -1,8 +1,8 @@
 """PLAS from pixels: offline reinforcement learning with a policy in the latent action space of a VAE.
 
-A VAE over the dataset's actions keeps the policy near to what was tried; an encoder turns pictures into features for
-critics and VAE alike. Which losses train that encoder is a switch, `--encoder-signal`: the study in the docs tells why
-it matters. `--policy argmax` takes the best of some sampled actions instead (BCQ without perturbation, EMaQ).
+A VAE of the dataset's actions keeps the policy close to the data. One encoder turns pictures into features for the
+critics, the VAE and the policy; `--encoder-signal` chooses the losses that train it, which matters much (see the docs).
+`--policy argmax` acts by the best of several sampled actions instead (BCQ without perturbation, EMaQ).
 
 Papers: Zhou et al., "PLAS: Latent Action Space for Offline Reinforcement Learning", CoRL 2020,
 https://arxiv.org/abs/2011.07213; Fujimoto et al., "Off-Policy Deep Reinforcement Learning without Exploration",
@@ -20,7 +20,7 @@ Docs: docs/plas_pixels.md
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "tensorboard==2.21.0",
 #   "pillow==11.3.0", "gymnasium==1.4.0", "moviepy==2.2.1", "dm_control==1.0.50", "mujoco==3.17.0",
-#   "shimmy[dm-control]==2.0.1",
+#   "shimmy[dm-control]==2.0.1", "pygame==2.6.1",
 # ]
 # ///
 
@@ -33,6 +33,7 @@ import difflib
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -42,8 +43,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,9 +104,9 @@ class Args:
 
     # Algorithm specific arguments
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "DotHazard-v0"
-    """the environment of the dataset, for evaluation: any with a Box action space, and pictures or rendering"""
+    """the dataset's environment, for evaluation: it has a Box action space, and observes pictures or renders"""
     dataset: str = "medium"
-    """an npz file or a folder of them; DotHazard-v0 also has random, medium and expert, collected at once"""
+    """an npz file, a folder of them, or one of npy files, read from the disk; DotHazard-v0: random, medium, expert"""
     collect: str | None = None
     """random: collect --dataset by random actions if it is missing (benchmark/plas_data.py has better policies)"""
     collect_steps: int = 15_000
@@ -115,9 +116,9 @@ class Args:
     max_episode_steps: int | None = None
     """steps after which an episode is cut off (if left out: the environment's own limit)"""
     encoder_signal: str = "both"
-    """what trains the encoder: critic, vae, both, separate (one for each), reconstruction (of the picture) or none"""
+    """what trains the encoder: critic, vae, both, separate (an encoder each), reconstruction (of pictures) or none"""
     policy: Literal["latent", "argmax"] = "latent"
-    """a policy in the VAE's latent space (PLAS), or the best of some sampled actions (BCQ without perturbation)"""
+    """a policy in the VAE's latent space (PLAS), or the best of several sampled actions (BCQ without perturbation)"""
     learning_rate: float = 1e-3
     """learning rate of the encoder, the critics and the VAE"""
     gamma: float | None = None
@@ -127,7 +128,7 @@ class Args:
     batch_size: int | None = None
     """batch size (if left out: by environment)"""
     soft_minimum: float = 0.75
-    """weight of the smaller of both target values, the rest is the larger one's (BCQ's lambda)"""
+    """weight of the smaller of both target values; the larger one has the rest (BCQ's lambda)"""
     max_latent_action: float = 2.0
     """bound of the latent policy's z (PLAS, section 4)"""
     candidates: int = 10
@@ -135,7 +136,7 @@ class Args:
     kl_weight: float = 0.5
     """weight of the VAE's KL divergence (mean over batch and dimensions) beside the actions' squared error"""
     pretrain_steps: int = 0
-    """first gradient steps without critics: VAE and picture decoder, and the encoder if their losses train it"""
+    """first gradient steps, which train the VAE (and its encoder, if its loss does) but neither critics nor policy"""
     image_size: int = 64
     """height and width of rendered pictures; an environment or dataset whose observations are pictures keeps theirs"""
     camera: int | None = None
@@ -143,9 +144,9 @@ class Args:
     action_repeat: int | None = None
     """environment steps that an action is repeated for (if left out: by environment)"""
     frame_stack: int | None = None
-    """pictures in an observation, the newest ones (if left out: by environment)"""
+    """newest pictures that make an observation (if left out: by environment)"""
     random_shift: int | None = None
-    """pixels that pictures are randomly shifted by in training (if left out: by environment)"""
+    """largest random shift of pictures in training, in pixels (if left out: by environment)"""
     num_layers: int | None = None
     """convolutions of the encoder (if left out: by environment)"""
     num_filters: int | None = None
@@ -154,6 +155,8 @@ class Args:
     """size of the encoder's output"""
     hidden_dim: int = 256
     """width of the two hidden layers of critics, VAE and policy"""
+    layer_norm: bool = False
+    """if toggled, LayerNorm follows each hidden layer of critics and VAE (ReBRAC, https://arxiv.org/abs/2305.09836)"""
     bf16: bool = False
     """if toggled, networks compute in bfloat16 (weights, losses and optimizers stay in float32)"""
 
@@ -163,7 +166,7 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" holds what 
         "gamma": 0.9, "batch_size": 64, "action_repeat": 1, "frame_stack": 1, "random_shift": 0,
         "num_layers": 2, "num_filters": 16,
     },
-    # The paper's table of SAC+AE, which these tasks are usually compared by.
+    # As in SAC+AE's paper, with which these tasks are usually compared.
     "dm_control/cartpole": {"action_repeat": 8},
     **{f"dm_control/{name}": {"action_repeat": 4} for name in ("reacher", "cheetah", "ball_in_cup")},
     "dm_control/quadruped": {"camera": 2},
@@ -351,15 +354,23 @@ class PictureDecoder(nn.Module):
         return self.deconvs[-1](hidden).float()
 
 
-class ActorVAE(nn.Module):
-    """A VAE over the dataset's actions, given features: (B, F), (B, A) -> (B, A) (BCQ, section 5.1)."""
+def head(inputs: int, hidden: int, outputs: int, layer_norm: bool) -> nn.Sequential:
+    """An `mlp`; with `layer_norm`, LayerNorm follows each hidden layer, as in ReBRAC's critics."""
+    network = mlp(inputs, hidden, outputs)
+    if not layer_norm:
+        return network
+    return nn.Sequential(*network[:2], nn.LayerNorm(hidden), *network[2:4], nn.LayerNorm(hidden), network[4])
 
-    def __init__(self, feature_dim: int, action_dim: int, hidden: int) -> None:
+
+class ActorVAE(nn.Module):
+    """A VAE of the dataset's actions, given features: (B, F), (B, A) -> (B, A) (BCQ, section 5.1)."""
+
+    def __init__(self, feature_dim: int, action_dim: int, hidden: int, layer_norm: bool) -> None:
         """The latent has twice the action's size, as in BCQ's code."""
         super().__init__()
         self.latent_dim = 2 * action_dim
-        self.encoder = mlp(feature_dim + action_dim, hidden, 2 * self.latent_dim)
-        self.decoder = mlp(feature_dim + self.latent_dim, hidden, action_dim)
+        self.encoder = head(feature_dim + action_dim, hidden, 2 * self.latent_dim, layer_norm)
+        self.decoder = head(feature_dim + self.latent_dim, hidden, action_dim, layer_norm)
 
     def decode(self, feature: Tensor, latent: Tensor) -> Tensor:
         """Actions (B, A) in (-1, 1)."""
@@ -373,7 +384,7 @@ class ActorVAE(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """The policy (B, F) -> z (B, L), bounded, so that it stays where the VAE's prior has mass (PLAS, section 4)."""
+    """The policy (B, F) -> z (B, L), bounded to where the VAE's prior has most of its mass (PLAS, section 4)."""
 
     def __init__(self, feature_dim: int, latent_dim: int, hidden: int, bound: float) -> None:
         """`bound` is the largest absolute value of z."""
@@ -389,11 +400,11 @@ class LatentPolicy(nn.Module):
 class Critic(nn.Module):
     """Two Q functions of features (B, F) and actions (B, A)."""
 
-    def __init__(self, feature_dim: int, action_dim: int, hidden: int) -> None:
+    def __init__(self, feature_dim: int, action_dim: int, hidden: int, layer_norm: bool) -> None:
         """Each has two hidden layers."""
         super().__init__()
-        self.q1 = mlp(feature_dim + action_dim, hidden, 1)
-        self.q2 = mlp(feature_dim + action_dim, hidden, 1)
+        self.q1 = head(feature_dim + action_dim, hidden, 1, layer_norm)
+        self.q2 = head(feature_dim + action_dim, hidden, 1, layer_norm)
 
     def forward(self, feature: Tensor, action: Tensor) -> Tensor:
         """Both values (2, B)."""
@@ -401,7 +412,7 @@ class Critic(nn.Module):
         return torch.stack((self.q1(inputs)[:, 0], self.q2(inputs)[:, 0]))
 
     def first(self, feature: Tensor, action: Tensor) -> Tensor:
-        """The first value alone (B,), which the policy climbs."""
+        """The first value alone (B,), which the policy maximizes."""
         return self.q1(torch.cat((feature, action), 1))[:, 0]
 
 
@@ -417,10 +428,7 @@ class Batch(NamedTuple):
 
 
 def random_shift(pictures: Tensor, offsets: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) moved up and left by offsets (2, B, 1), the pixels of an edge repeated, as DrQ does.
-
-    Without making a larger picture: rows and columns out of range are clamped.
-    """
+    """Pictures (B, C, H, W) moved up and left by offsets (2, B, 1); the pixels at an edge are repeated, as in DrQ."""
     (count, _, height, width), device = pictures.shape, pictures.device
     rows = (torch.arange(height, device=device) + offsets[0]).clamp_(0, height - 1)
     columns = (torch.arange(width, device=device) + offsets[1]).clamp_(0, width - 1)
@@ -431,34 +439,41 @@ def random_shift(pictures: Tensor, offsets: Tensor) -> Tensor:
 class Dataset:
     """Transitions from pixels, each picture held once as uint8.
 
-    An episode of T transitions has T + 1 rows. As in V-D4RL, row t holds the picture and what led to it: the action and
-    the reward *before* that picture; the first row of an episode has no meaning but its picture.
+    An episode of T transitions has T + 1 rows. As in V-D4RL, row t holds a picture and what led to it: the action and
+    the reward *before* that picture. Of an episode's first row, only the picture has a meaning.
     """
 
     def __init__(self, columns: dict[str, np.ndarray], frame_stack: int) -> None:
-        """`columns` are `image` (M, H, W, 3), `action` (M, A), `reward`, `discount`, `is_first` (M,): see `load`."""
-        self.images = torch.from_numpy(columns["image"]).permute(0, 3, 1, 2).contiguous()
+        """`columns` are `image` (M, H, W, 3), `action` (M, A), `reward`, `discount`, `is_first` (M,): see `load`.
+
+        Pictures are not copied; those that are mapped from the disk stay there.
+        """
+        self.mapped = isinstance(columns["image"], np.memmap)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
+        self.images = torch.from_numpy(columns["image"]).permute(0, 3, 1, 2)
         first = columns["is_first"].nonzero()[0]
         start = first.repeat(np.diff(first, append=len(columns["is_first"])))  # the first row of each row's episode
         rows = (~columns["is_first"]).nonzero()[0]
         self.starts, self.rows = first, torch.from_numpy(rows)
-        # The stack before the action, and one more picture after it.
+        # The pictures before the action, and one more after it.
         self.frames = torch.from_numpy(np.maximum(rows[:, None] + np.arange(-frame_stack, 1), start[rows][:, None]))
-        self.action = torch.from_numpy(columns["action"][rows].astype(np.float32))
-        self.reward = torch.from_numpy(columns["reward"][rows].astype(np.float32))
-        self.discount = torch.from_numpy(columns["discount"][rows].astype(np.float32))
+        self.action = torch.from_numpy(columns["action"][rows]).float()
+        self.reward = torch.from_numpy(columns["reward"][rows]).float()
+        self.discount = torch.from_numpy(columns["discount"][rows]).float()
         self.returns = np.add.reduceat(np.where(columns["is_first"], 0.0, columns["reward"]), first)
 
     def to(self, device: torch.device) -> Dataset:
-        """Move all to a device, once."""
+        """Move all but mapped pictures to a device, once."""
         for name in ("images", "frames", "action", "reward", "discount"):
-            setattr(self, name, getattr(self, name).to(device))
+            if not (self.mapped and name == "images"):
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     def batch(self, index: Tensor, shift: int = 0) -> Batch:
         """The transitions `index` (B,); with `shift`, observation and next observation are each shifted at random."""
-        pictures = self.images[self.frames[index]].flatten(1, 2)  # (B, (k + 1) * 3, H, W): one gather for both
-        pair = [pictures[:, :-3], pictures[:, 3:]]
+        frames = self.frames[index].flatten().to(self.images.device)
+        pictures = self.images.index_select(0, frames).view(len(index), -1, *self.images.shape[2:]).to(index.device)
+        pair = [pictures[:, :-3], pictures[:, 3:]]  # the stack before the action, and the one after it
         if shift:
             offsets = torch.randint(-shift, shift + 1, (2, 2, len(index), 1), device=index.device)
             pair = [random_shift(picture, offsets[:, i]) for i, picture in enumerate(pair)]
@@ -466,19 +481,19 @@ class Dataset:
 
     def sample(self, batch_size: int, shift: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        return self.batch(torch.randint(len(self.rows), (batch_size,), device=self.images.device), shift)
+        return self.batch(torch.randint(len(self.rows), (batch_size,), device=self.frames.device), shift)
 
 
 # Agent ---------------------------------------------------------------------------------------------------------------
 POLICY_LEARNING_RATE = 1e-3
-ACTING_CANDIDATES = 100  # actions sampled to choose one from, in evaluations with --policy argmax
+ACTING_CANDIDATES = 100  # sampled actions that an evaluation with --policy argmax chooses from
 
 
 class PLAS(nn.Module):
     """Networks, optimizers and updates; an update takes a batch, does one step, returns detached tensors."""
 
     def __init__(self, args: Args, env: PixelEnv, device: torch.device) -> None:
-        """Build everything from the sizes of `env`'s spaces; `args` has no None left (see `check`)."""
+        """Build networks and optimizers for `env`'s spaces; `check` has filled in `args`."""
         super().__init__()
         self.args, self.device, self.signals = args, device, SIGNALS[args.encoder_signal]
         self.action_dim = env.action_dim
@@ -489,8 +504,8 @@ class PLAS(nn.Module):
         self.picture_decoder = None
         if "reconstruction" in self.signals:
             self.picture_decoder = PictureDecoder(self.encoder, env.size)
-        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim)
-        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim)
+        self.critic = Critic(args.feature_dim, self.action_dim, args.hidden_dim, args.layer_norm)
+        self.vae = ActorVAE(args.feature_dim, self.action_dim, args.hidden_dim, args.layer_norm)
         self.policy = LatentPolicy(args.feature_dim, self.vae.latent_dim, args.hidden_dim, args.max_latent_action)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
@@ -498,12 +513,14 @@ class PLAS(nn.Module):
         self.online = [*self.critic.parameters(), *self.policy.parameters()]  # in the order of self.targets
         self.targets = [*self.target_critic.parameters(), *self.target_policy.parameters()]
 
-        rates = {"critic": args.learning_rate, "vae": args.learning_rate, "policy": POLICY_LEARNING_RATE}
-        trained = {name: list(getattr(self, name).parameters()) for name in rates}
-        if self.signals:  # else the encoder stays as it was drawn
-            views = [part for part in (self.encoder, self.vae_encoder, self.picture_decoder) if part is not None]
-            rates["encoder"], trained["encoder"] = args.learning_rate, list(nn.ModuleList(views).parameters())
-        self.optimizers = {name: torch.optim.Adam(trained[name], lr=rate, fused=True) for name, rate in rates.items()}
+        trained = {"critic": self.critic, "vae": self.vae, "policy": self.policy}
+        if self.signals:  # else the encoder stays as it was initialized
+            views = self.encoder, self.vae_encoder, self.picture_decoder
+            trained["encoder"] = nn.ModuleList(part for part in views if part is not None)
+        rates = dict.fromkeys(trained, args.learning_rate) | {"policy": POLICY_LEARNING_RATE}
+        self.optimizers = {
+            name: torch.optim.Adam(part.parameters(), lr=rates[name], fused=True) for name, part in trained.items()
+        }
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products with `--bf16`; weights, losses and optimizers stay in float32."""
@@ -518,15 +535,15 @@ class PLAS(nn.Module):
         return noise
 
     def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The features (B, F) that critics and policy read, and those that the VAE reads: mostly the same ones."""
+        """The features (B, F) for critics and policy, and those for the VAE: the same but with `separate`."""
         feature = self.encoder(pictures)
         return feature, feature if self.vae_encoder is self.encoder else self.vae_encoder(pictures)
 
     def proposals(self, pictures: Tensor, policy: LatentPolicy, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Actions (B * N, A) to choose from, and the features (B * N, F) of their states: the policy's alone (N = 1).
+        """Actions (B * N, A) to choose from, and the features (B * N, F) of their states.
 
-        With `--policy argmax` N sampled ones; `noise` (B, N, L) is standard normal. BCQ's code clips these latents to
-        [-0.5, 0.5], so that they decode to what the data holds.
+        Without `noise`, the policy's action (N = 1). With standard normal `noise` (B, N, L), N actions decoded from it,
+        clipped to [-0.5, 0.5] as in BCQ's code, so that they stay close to the data's.
         """
         feature, vae_feature = self.views(pictures)
         if noise is None:
@@ -537,12 +554,12 @@ class PLAS(nn.Module):
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: dict[str, Tensor]) -> Tensor:
         """The critics' target (B,): a weighted minimum of both target values (BCQ, equation 13)."""
-        # A context of its own: older autocasts would keep these weights' copies, which no gradient passes.
+        # A context of its own: autocast caches its copies of weights, and those made here pass no gradient.
         with self.autocast():
             action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
             value, weight = self.target_critic(feature, action), self.args.soft_minimum
         mixed = weight * value.amin(0) + (1.0 - weight) * value.amax(0)
-        best = mixed.view(len(batch.reward), -1).amax(1)  # of the candidates, where there are any
+        best = mixed.view(len(batch.reward), -1).amax(1)  # over the candidates of each state
         return batch.reward + self.args.gamma * batch.discount * best
 
     def critic_loss(self, feature: Tensor, batch: Batch, target: Tensor) -> Tensor:
@@ -563,10 +580,10 @@ class PLAS(nn.Module):
     def update(
         self, batch: Batch, noise: dict[str, Tensor] | None = None, pretraining: bool = False
     ) -> dict[str, Tensor]:
-        """One step of encoder, critics, VAE and policy on one pass of the encoder.
+        """One step of encoder, critics, VAE and policy, with one pass of the encoder.
 
-        Each head reads the features, or, where its loss shall not train the encoder, the features detached. So a single
-        backward of the sum gives every parameter its own losses' gradient, and the order of calls cannot matter.
+        A head whose loss must not train the encoder reads detached features. So one backward pass of the sum gives each
+        parameter the gradient of its own losses, whatever the order of calls.
         """
         noise = noise or self.draw_noise(len(batch.reward))
         target = None if pretraining else self.critic_target(batch, noise)
@@ -588,7 +605,7 @@ class PLAS(nn.Module):
             optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
-            optimizer.step()  # what no loss reached has no gradient and stays
+            optimizer.step()  # parameters that no loss reached have no gradient and stay
         if not pretraining:
             if self.args.policy == "latent":
                 losses |= self.update_policy(feature.detach(), vae_feature.detach())
@@ -598,9 +615,9 @@ class PLAS(nn.Module):
         return {name: value.detach() for name, value in losses.items()}
 
     def update_policy(self, feature: Tensor, vae_feature: Tensor) -> dict[str, Tensor]:
-        """One step of the latent policy up the first critic, through the VAE's decoder (PLAS, equation 5).
+        """One step of the latent policy: maximize the first critic through the VAE's decoder (PLAS, equation 5).
 
-        Its gradient reaches neither of them: only the policy's parameters are asked for.
+        Gradients are computed for the policy's parameters alone.
         """
         with self.autocast():
             loss = -self.critic.first(feature, self.vae.decode(vae_feature, self.policy(feature))).mean()
@@ -628,34 +645,32 @@ def evaluate(agent: PLAS, environments: list[gym.Env], seed: int, first: int = 0
     """Play one episode in each environment, in lock-step, and compare the critic with the returns that followed.
 
     Episode i, counted from `first`, always has `episode_seed(seed, i, stream=1)`; training's random streams are not
-    touched. Returns `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias`,
-    `q_correlation` of Q(s, pi(s)) against the discounted return from there, over those states after which at least 90 %
-    of the discounted future was seen. `q_start_*` are the same over the first states among them.
+    touched. Returns `episodic_return`, `return_std`, `episodic_length`, and `q_error` (mean squared), `q_bias` and
+    `q_correlation` of Q(s, pi(s)) against the discounted return that followed, over the states after which at least
+    90 % of the discounted future was seen; `q_start_*` are the same over the first states of episodes.
     """
     generator = torch.Generator().manual_seed(seed)
     observations = [env.reset(seed=episode_seed(seed, i, stream=1))[0] for i, env in enumerate(environments, first)]
     traces: list[list[tuple[float, float]]] = [[] for _ in environments]  # value and reward of each step
-    ended, active = [False] * len(environments), list(range(len(environments)))
+    terminated, active = [False] * len(environments), list(range(len(environments)))
     while active:
         actions, values = agent.act(np.stack([observations[i] for i in active]), generator)
         running = []
         for i, action, value in zip(active, actions, values.tolist(), strict=True):
-            observations[i], reward, ended[i], truncated, _ = environments[i].step(action)
+            observations[i], reward, terminated[i], truncated, _ = environments[i].step(action)
             traces[i].append((value, reward))
-            if not (ended[i] or truncated):
+            if not (terminated[i] or truncated):
                 running.append(i)
         active = running
-    gamma = agent.args.gamma
-    horizon = math.log(0.1) / math.log(gamma) if 0.0 < gamma < 1.0 else math.inf if gamma else 1.0
-    pairs, starts = [], []
-    for trace, terminal in zip(traces, ended, strict=True):
-        following = 0.0
-        for left, (value, reward) in enumerate(reversed(trace), start=1):
-            following = reward + gamma * following
-            if terminal or left >= horizon:
-                pairs.append((value, following))
-                if left == len(trace):
-                    starts.append((value, following))
+    pairs, starts = [], []  # value and discounted return: of all states, and of first ones
+    for trace, ended in zip(traces, terminated, strict=True):
+        discounted_return = 0.0
+        for steps_left, (value, reward) in enumerate(reversed(trace), start=1):
+            discounted_return = reward + agent.args.gamma * discounted_return
+            if ended or agent.args.gamma**steps_left <= 0.1:
+                pairs.append((value, discounted_return))
+                if steps_left == len(trace):
+                    starts.append((value, discounted_return))
     returns = np.array([sum(reward for _, reward in trace) for trace in traces])
     result = {"episodic_return": float(returns.mean()), "return_std": float(returns.std())}
     result["episodic_length"] = float(np.mean([len(trace) for trace in traces]))
@@ -682,7 +697,7 @@ def main(args: Args) -> Path:
     with Run(args) as run:
         device = set_up_torch(args)
         if max(env.size) < 64:
-            torch.set_num_threads(1)  # these products are too small for two threads
+            torch.set_num_threads(1)  # more threads would not speed up such small networks
         keep_freed_memory()
         agent, dataset = PLAS(args, env, device), dataset.to(device)
         count = min(2_000, len(dataset.rows))
@@ -719,13 +734,12 @@ def main(args: Args) -> Path:
             return {"agent": agent.state_dict(), **optimizers, "dataset": digest, "levels": seen["levels"]}
 
         losses: dict[str, Tensor] = {}
-        warning = "Not comparable between encoder signals, and no evidence that Q is right: see q_error"
-        run.writer.add_text("losses/td", warning)
+        run.writer.add_text("losses/td", "Not comparable between encoder signals; see q_error for how right Q is")
         while True:
             last = step == args.total_timesteps
             if step and (last or step % args.eval_frequency == 0) and not run.evaluated(step):
                 run.unless_stopped(evaluate_agent)
-            stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+            stopping = bool(run.signal)  # one that comes later than this is seen after the next step
             if stopping or (step and (last or step % args.checkpoint_frequency == 0)):
                 run.save_checkpoint(step, state())
             if stopping and not (last and run.evaluated(step)):
@@ -745,7 +759,7 @@ def main(args: Args) -> Path:
         run.save_model("model.pt", {"agent": agent.state_dict()})
 
         def draw() -> None:
-            """The curves, and what the decoder makes of pictures."""
+            """The learning curve, and pictures beside their reconstructions."""
             run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, seen["levels"], run.name))
             if agent.picture_decoder is not None:
                 run.log_figure(step, "reconstruction", draw_reconstruction(agent, fixed))
@@ -762,24 +776,21 @@ def main(args: Args) -> Path:
 
 # Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
 def check(args: Args) -> None:
-    """Fill in what depends on the environment. Raises ValueError with one line about what cannot work."""
+    """Fill in the environment's defaults. Raises ValueError with one line about what cannot work."""
     args.env_id = re.sub(r"^([a-z]\w*-(?!v\d+$)[a-z]\w*)$", r"dm_control/\1-v0", args.env_id)  # finger-spin
     own = DEFAULTS_BY_ENVIRONMENT.get(args.env_id.split("-")[0], {})
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **own}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.encoder_signal not in SIGNALS:
-        near = difflib.get_close_matches(args.encoder_signal, SIGNALS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--encoder-signal {args.encoder_signal}: one of {', '.join(SIGNALS)} expected{hint}")
+    known = args.encoder_signal in SIGNALS
+    need(known, f"--encoder-signal {args.encoder_signal}: expected one of {', '.join(SIGNALS)}")
     least = {name: 1 for name, value in asdict(args).items() if type(value) is int}
     least |= dict.fromkeys(("seed", "pretrain_steps", "random_shift", "camera"), 0)
     check_numbers(args, least, {"gamma": 1, "tau": 1, "soft_minimum": 1})
-    if args.pretrain_steps >= args.total_timesteps:
-        steps = f"--pretrain-steps {args.pretrain_steps} of --total-timesteps {args.total_timesteps}"
-        raise ValueError(f"{steps}: critics and policy would learn nothing; raise that or lower this")
-    if args.collect not in (None, "random"):
-        raise ValueError(f"--collect {args.collect}: random expected; benchmark/plas_data.py --collect has other kinds")
+    steps = f"--pretrain-steps {args.pretrain_steps} of --total-timesteps {args.total_timesteps}"
+    need(args.pretrain_steps < args.total_timesteps, f"{steps}: critics and policy would learn nothing; take fewer")
+    kinds = "expected random; benchmark/plas_data.py --collect has other kinds"
+    need(args.collect in (None, "random"), f"--collect {args.collect}: {kinds}")
     pixels, filters, collecting = args.image_size**2, args.num_filters * args.num_layers, args.collect is not None
     check_memory({  # in bytes, about
         "--batch-size, --image-size, --frame-stack, --num-layers, --num-filters":
@@ -792,26 +803,31 @@ def check(args: Args) -> None:
     })  # fmt: skip
 
 
+def need(holds: bool, message: str) -> None:
+    """Raise ValueError with this line if something does not hold."""
+    if not holds:
+        raise ValueError(message)
+
+
 def check_memory(needs: dict[str, float]) -> None:
     """Raise ValueError if what these need, in bytes by name, is more than the machine's memory."""
-    if sum(needs.values()) > (memory := machine_memory()):
-        name = max(needs, key=lambda name: needs[name])
-        sizes = f"about {needs[name] / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**30:,.1f}"
-        raise ValueError(f"{name} needs {sizes}; take less")
+    name, memory = max(needs, key=needs.get), machine_memory()
+    sizes = f"about {needs[name] / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**30:,.1f}"
+    need(sum(needs.values()) <= memory, f"{name} needs {sizes}; take less")
 
 
 def check_pictures(args: Args, env: PixelEnv) -> None:
     """Raise ValueError if the pictures are too small for the layers or the shifts."""
     Encoder(1, env.size, args.num_layers, 1, 1)
-    if args.random_shift >= min(env.size):
-        raise ValueError(f"--random-shift {args.random_shift}: less than the pictures' {min(env.size)} expected")
+    least = min(env.size)
+    need(args.random_shift < least, f"--random-shift {args.random_shift}: expected less than the pictures' {least}")
 
 
 # Measures of the study -----------------------------------------------------------------------------------------------
 def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
-    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic and VAE.
+    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic's and VAE's.
 
-    With `separate` each is in its own encoder and there is no cosine. Leaves the run's random stream as it is.
+    With `separate` each is in its own encoder, and there is no cosine. Draws nothing from training's random stream.
     """
     with torch.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
         noise = agent.draw_noise(len(batch.reward))
@@ -823,7 +839,7 @@ def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
     if agent.picture_decoder is not None:
         losses["reconstruction"] = agent.encoder, lambda feature: agent.picture_loss(feature, batch)
     gradients, result = [], {}
-    for name, (encoder, loss) in losses.items():  # one after the other: each keeps all of its activations
+    for name, (encoder, loss) in losses.items():  # one after the other, since each holds all of its activations
         with agent.autocast():
             value = loss(encoder(batch.observation))
         parts = torch.autograd.grad(value, list(encoder.parameters()))
@@ -835,19 +851,10 @@ def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
 
 
 @torch.no_grad()
-def prior_action_error(agent: PLAS, batch: Batch) -> float:
-    """Mean squared error of the action decoded from z = 0: whether the state alone tells the data's action."""
-    with agent.autocast():
-        feature = agent.vae_encoder(batch.observation)
-        action = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
-    return float(F.mse_loss(action, batch.action))
-
-
-@torch.no_grad()
 def linear_probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float:
-    """R2 of the true state (N, S) by ridge regression on the features: fitted on one half, scored on the other.
+    """R2 of the true state (N, S) by ridge regression on the features of `pictures` (N, C, H, W) uint8.
 
-    The mean over the dimensions of the state that vary (nan, if none does); `pictures` are (N, C, H, W) uint8.
+    Fitted on one half, scored on the other; the mean over the state's dimensions that vary, nan if none does.
     """
     with agent.autocast():
         parts = torch.from_numpy(pictures).to(agent.device).split(256)
@@ -863,7 +870,7 @@ def linear_probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float
 
 
 def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, float]:
-    """Mean returns of the dataset's behaviour, of random actions and, where the environment scripts one, the expert."""
+    """Mean returns of the data's behaviour, of random actions and, where the environment has one, of its expert."""
     levels = {"behaviour": float(dataset.returns.mean())}
     policies: dict[str, Callable] = {"random": uniform(env, np.random.default_rng(args.seed))}
     if hasattr(env.unwrapped, "expert_action"):
@@ -875,7 +882,7 @@ def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, f
 
 
 def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
-    """What the probe reads, `pictures` and `states`, of short episodes: more kinds of states than a policy visits."""
+    """`pictures` and `states` of short random episodes, which show the probe more than a policy visits."""
     wide = collect(env, 2_000, args.seed + 1, longest=10)
     stacks = Dataset(wide, args.frame_stack)
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
@@ -883,19 +890,22 @@ def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
 
 
 def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
-    """What the study looks at beside returns and values, on a fixed batch and on `play_at_random`'s."""
-    metrics = {
-        "prior_action_error": prior_action_error(agent, fixed),
-        "probe_r2": linear_probe(agent, pictures, states),
-    }
+    """What an evaluation logs beside returns and values: on a fixed batch, and on what `play_at_random` saw."""
+    with torch.no_grad(), agent.autocast():
+        feature = agent.vae_encoder(fixed.observation)
+        cloned = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
+    # The action decoded from z = 0: whether the state alone tells the data's action.
+    metrics = {"prior_action_error": float(F.mse_loss(cloned, fixed.action))}
+    metrics["probe_r2"] = linear_probe(agent, pictures, states)
     return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
 
 
 # Data: read, and played at random ------------------------------------------------------------------------------------
-def need(holds: bool, message: str) -> None:
-    """Raise ValueError with this line if something does not hold."""
-    if not holds:
-        raise ValueError(message)
+FIELDS = {  # of a dataset, a row each
+    "image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32,
+    "is_first": bool, "is_last": bool, "is_terminal": bool,
+}  # fmt: skip
+SETTINGS = ("action_repeat", "frame_stack", "env_id", "collect", "first_seed")  # single values: how it was made
 
 
 def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:
@@ -906,103 +916,103 @@ def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None
     need(not other, f"{path} was made with {' '.join(other)}, not as here; use the same")
 
 
-def read_file(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """One npz file's columns, and what it says of its making. Raises ValueError with one line about what is wrong."""
-    fields = (  # name, dtype, shape of a row, whether it must be there
-        ("image", np.uint8, (*env.size, 3), True), ("action", np.float32, env.action_space.shape, True),
-        ("reward", np.float32, (), True), ("discount", np.float32, (), False),
-        ("is_first", bool, (), False), ("is_last", bool, (), False), ("is_terminal", bool, (), False),
-    )  # fmt: skip
-    need(zipfile.is_zipfile(path), f"{path} is not an npz file; convert it to npz, or restore it, if it was one")
+def read_columns(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The columns of one npz file or one folder of npy files, and how they were made. Raises ValueError."""
+    need(path.is_dir() or zipfile.is_zipfile(path), f"{path} is not an npz file; convert it to npz, or restore it")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name, *_ in fields if name in file}
-            settings = ("action_repeat", "frame_stack", "env_id", "collect", "first_seed")
-            made_with = {name: file[name].item() for name in settings if name in file}
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: it is encrypted
-        raise ValueError(f"{path} is not an npz file ({type(error).__name__}); restore it") from None
-    except Exception as error:  # a damaged file raises nearly anything
-        objects = "holds Python objects" if "allow_pickle" in str(error) else f"is damaged ({error})"
-        raise ValueError(f"{path} {objects}; save plain arrays of numbers") from None
+        if path.is_dir():  # mapped, so that pictures stay on the disk
+            files = {name: path / f"{name}.npy" for name in (*FIELDS, *SETTINGS)}
+            arrays = {name: np.lib.format.open_memmap(file, "r") for name, file in files.items() if file.exists()}
+        else:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in (*FIELDS, *SETTINGS) if name in file}
+        made_with = {name: arrays.pop(name).item() for name in SETTINGS if name in arrays}
+    except Exception as error:  # a damaged or encrypted file raises nearly anything
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} {reason}; save plain arrays of numbers, or restore it") from None
     check_settings(path, made_with, env)
-    rows = columns["image"].shape[:1] if "image" in columns else ()
-    for name, dtype, shape, required in fields:
-        if name not in columns:
-            need(not required, f"{path} lacks {name}; image, action and reward are needed")
-            continue
-        values, shape = columns[name], (*rows, *shape)
+    for name in ("image", "action", "reward"):
+        need(name in arrays, f"{path} lacks {name}; image, action and reward are needed")
+    rows, shapes = arrays["image"].shape[:1], {"image": (*env.size, 3), "action": env.action_space.shape}
+    for name, values in arrays.items():
+        dtype, shape = FIELDS[name], (*rows, *shapes.get(name, ()))
         numbers = values.dtype == np.uint8 if name == "image" else values.dtype.kind in "biuf"
-        expected = f"expected {name} {shape} of {np.dtype(dtype)}, as the environment's (see --image-size)"
-        got = f"got {values.shape} of {values.dtype}"
-        need(numbers and values.shape in (shape, (*shape, 1)), f"{path}: {expected}, {got}")
+        expected = f"expected {name} {shape} of {np.dtype(dtype)}, got {values.shape} of {values.dtype}"
+        why = "image has the number of rows, the environment the other sizes (see --image-size)"
+        need(numbers and values.shape in (shape, (*shape, 1)), f"{path}: {expected}; {why}")
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
-            columns[name] = values.reshape(shape).astype(dtype, copy=False)
-        need(dtype is not bool or (columns[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
+            arrays[name] = values.reshape(shape).astype(dtype, copy=False)
+        need(dtype is not bool or (arrays[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
     need(rows[0] > 0, f"{path} has no rows")
-    return {**columns, **find_episodes(path, columns)}, made_with
-
-
-def unpacked_size(path: Path) -> int:
-    """Bytes of an npz file's arrays; 0 if it is none or damaged, which `read_file` says."""
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
-    return 0
+    return {**arrays, **find_episodes(path, arrays)}, made_with
 
 
 def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`is_first` and `discount` (M,) by all markers of a file. Raises ValueError with one line where they are wrong."""
+    """`is_first` and `discount` (M,) by all marks of a file. Raises ValueError with one line where they are wrong."""
     terminal = columns.get("is_terminal", np.zeros(len(columns["image"]), bool))
     last, discount = columns.get("is_last"), columns.get("discount", np.float32(1.0) - terminal)
     first = columns.get("is_first")
-    if first is None:  # a file without any marker is one episode, as V-D4RL's are
+    if first is None:  # an npz file without any mark is one episode, as V-D4RL's are
+        marked = last is not None or "is_terminal" in columns
+        need(marked or not path.is_dir(), f"{path} lacks is_first, which is true in the first row of each episode")
         first = np.append(True, (terminal if last is None else last)[:-1])
-    need(first[0], f"{path}: the first row of an episode expected at the start, is_first is false there")
+    need(first[0], f"{path}: expected the first row of an episode at the start, but is_first is false there")
     short = (np.diff(first.nonzero()[0], append=len(first)) < 2).sum()
     need(not short, f"{path}: {short} episodes have a length of 0; leave them out")
     ends = np.append(first[1:], True)
     wrong = terminal & ~ends
     if last is not None:
         wrong[:-1] |= (last != ends)[:-1]  # the file's end may cut an episode
-    marks = "is_first, is_last and is_terminal contradict each other"
-    need(not wrong.any(), f"{path}: {marks} after row {wrong.argmax()}")
-    wrong = ((discount == 0.0) != terminal) & ~first if "is_terminal" in columns else ~ends & False
-    need(not wrong.any(), f"{path}: discount and is_terminal contradict each other in row {wrong.argmax()}")
-    for name, values in (("action", columns["action"]), ("reward", columns["reward"]), ("discount", discount)):
-        bad = ~np.isfinite(values[~first]).reshape((~first).sum(), -1).all(1)  # first rows may hold nan
-        need(not bad.any(), f"{path}: {bad.sum()} of {len(bad)} values of {name} are not finite")
-    probability = (discount >= 0.0) & (discount <= 1.0) | first
-    need(probability.all(), f"{path}: discount between 0 and 1 expected")
-    beyond = np.abs(columns["action"][~first]).max(1) - 1.0
-    outside = f"{(beyond > 1e-4).sum()} actions are outside of [-1, 1], by up to {beyond.max():.3g}; rescale them"
-    need(beyond.max() <= 1e-4, f"{path}: {outside}")
+    need(not wrong.any(), f"{path}: is_first, is_last and is_terminal contradict each other after row {wrong.argmax()}")
+    if "is_terminal" in columns:
+        wrong = ((discount == 0.0) != terminal) & ~first
+        need(not wrong.any(), f"{path}: discount and is_terminal contradict each other in row {wrong.argmax()}")
+    # An episode's first row may hold anything, such as nan, but in its picture. Comparisons with nan are false.
+    for name, values, inside, expected in (
+        ("action", columns["action"], lambda action: (np.abs(action) <= 1.0001).all(1), "numbers in [-1, 1]"),
+        ("reward", columns["reward"], np.isfinite, "finite numbers"),
+        ("discount", discount, lambda discount: (discount >= 0.0) & (discount <= 1.0), "numbers in [0, 1]"),
+    ):
+        good = inside(values[~first])
+        need(good.all(), f"{path}: {(~good).sum()} of {len(good)} rows of {name} are not {expected}; repair or rescale")
     return {"is_first": first, "discount": discount}
 
 
 def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
-    """Read an npz file, or all of a folder in the order of their names.
+    """Read an npz file, a folder of them in the order of their names, or map a folder of npy files.
 
-    Returns the dataset, its sha256, and what its first file says of its making. Columns: `image` (M, H, W, 3) uint8,
-    `action` (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal` (M,), `is_first` (M,) or `is_last` (M,)
-    (a file without any mark is one episode); `action_repeat`, `frame_stack` and `env_id` are compared with those of
-    `env`, if they are there. Raises ValueError with one line about what is wrong, OSError where it cannot be read.
+    Returns the dataset, its sha256, and how its first file was made. Columns: `image` (M, H, W, 3) uint8, `action`
+    (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal` (M,), `is_first` (M,) or `is_last` (M,) (an npz
+    file without any mark is one episode). Raises ValueError with one line about what is wrong, OSError where it cannot
+    be read.
     """
-    files = [path]
+    sources = files = [path]
     if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.suffix == ".npz" and not each.name.startswith("."))
-        need(bool(files), f"there is no npz file in {path}; convert the data, or name another folder")
+        visible = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+        files = [each for each in visible if each.suffix == ".npy"]
+        if files:
+            size = sum(file.stat().st_size for file in files) / 2**30
+            print(f"{path}: {size:,.2f} GiB of npy files; their pictures stay on the disk", flush=True)
+        else:
+            sources = files = [each for each in visible if each.suffix == ".npz"]
+        need(bool(files), f"there is no npz file in {path}, and no npy file; convert the data, or name another folder")
     need(files[0].exists(), f"there is no dataset {path}; name an npz file or a folder, or add --collect random")
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     for file in files:
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
-    check_memory({str(path): 2 * sum(unpacked_size(file) for file in files)})  # twice, where parts are joined
-    parts, settings = zip(*[read_file(file, env) for file in files], strict=True)
-    names = ("image", "is_first", "action", "reward", "discount")
-    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}
+        with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged one is refused below
+            size += sum(entry.file_size for entry in archive.infolist())
+    check_memory({str(path): size if len(sources) == 1 else 2 * size})  # twice while parts are joined
+    parts, made_with = zip(*[read_columns(source, env) for source in sources], strict=True)
+    columns = parts[0]
+    if len(parts) > 1:
+        names = ("image", "is_first", "action", "reward", "discount")
+        columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in names}
     if np.nan_to_num(columns["action"][columns["is_first"]]).any(1).mean() > 0.5:
         order = "as in D4RL, where a row's action comes after its picture; here it comes before (see the docs)"
         print(f"warning: {path}: the first rows of episodes hold actions, {order}", file=sys.stderr)
-    return Dataset(columns, env.args.frame_stack), digest.hexdigest(), settings[0]
+    return Dataset(columns, env.args.frame_stack), digest.hexdigest(), made_with[0]
 
 
 def uniform(env: PixelEnv, generator: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
@@ -1045,12 +1055,12 @@ def collect(
 
 
 def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **about: Any) -> None:
-    """Write a dataset at once, as other processes may be making the same. Raises OSError, and leaves nothing then."""
-    own = path.with_name(f".{path.stem}-{os.getpid()}.npz")
+    """Write a dataset: whole or not at all, since other processes may make the same file. Raises OSError."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
     about |= {"action_repeat": env.args.action_repeat, "env_id": env.spec.id}
     try:
         write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
-        if not path.exists():
+        if not path.exists():  # else another process was faster, and what it has made is the same
             own.replace(path)
     finally:
         for left in (own, own.with_name(own.name + ".tmp")):
@@ -1059,44 +1069,36 @@ def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **a
 
 def make_dataset(path: Path, kind: str, args: Args, env: PixelEnv) -> None:
     """Collect and write a dataset, the same for every --seed. Raises ValueError with one line, and OSError."""
-    try:
-        print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "random":
-            columns = collect(env, args.collect_steps, seed=0)
-            return write_columns(path, env, columns, collect=kind, first_seed=episode_seed(0, 0, stream=4))
-        tool = Path(__file__).resolve().with_name("benchmark") / "plas_data.py"
-        need(tool.exists(), f"{path} is made by benchmark/plas_data.py, which is not here; try --dataset random")
-        settings = {"env": args.env_id, "action-repeat": args.action_repeat, "steps": args.collect_steps, "seed": 0}
-        flags = [f"--{name}={value}" for name, value in {**settings, "collect": kind, "file": path}.items()]
-        made = subprocess.run([sys.executable, str(tool), *flags], stderr=subprocess.PIPE, text=True)
-        need(not made.returncode, (made.stderr.splitlines() or [f"{tool} failed"])[-1].removeprefix("error: "))
-    except KeyboardInterrupt:
-        print(f"stopped while collecting; {path} is not written", file=sys.stderr)
-        raise
+    print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "random":
+        columns = collect(env, args.collect_steps, seed=0)
+        return write_columns(path, env, columns, collect=kind, first_seed=episode_seed(0, 0, stream=4))
+    tool = Path(__file__).resolve().with_name("benchmark") / "plas_data.py"
+    need(tool.exists(), f"{path} is made by benchmark/plas_data.py, which is not here; try --dataset random")
+    settings = {"env": args.env_id, "action-repeat": args.action_repeat, "steps": args.collect_steps, "seed": 0}
+    flags = [f"--{name}={value}" for name, value in {**settings, "collect": kind, "file": path}.items()]
+    made = subprocess.run([sys.executable, str(tool), *flags], stderr=subprocess.PIPE, text=True)
+    need(made.returncode == 0, (made.stderr.splitlines() or [f"{tool} failed"])[-1].removeprefix("error: "))
 
 
 def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
-    """Whether the environment does what the first steps of a collected file say: its code may have changed since."""
-    picture, _ = env.reset(seed=seed)
-    same = np.array_equal(picture[-3:], dataset.images[0].numpy())
-    for action, reward in zip(dataset.action[:5].numpy(), dataset.reward[:5].tolist(), strict=True):
-        _, now, terminated, truncated, _ = env.step(action)
-        same = same and np.isclose(now, reward, rtol=1e-4, atol=1e-5)
-        if terminated or truncated:
-            break
-    return same
+    """Whether the environment still does what the first steps of a collected file say."""
+    actions = iter(dataset.action.numpy())
+    rows = list(itertools.islice(play(env, lambda _: next(actions), seed), 6))
+    rewards = [row[2] for row in rows[1:]]
+    same = np.allclose(rewards, dataset.reward[: len(rewards)], rtol=1e-4, atol=1e-5)
+    return same and np.array_equal(rows[0][0], dataset.images[0])
 
 
 def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
-    """Load `args.dataset`, and collect it before if it is missing and may be. Raises ValueError with one line."""
+    """Load `args.dataset`, and collect it first if it is missing and can be. Raises ValueError with one line."""
     path, kind = Path(args.dataset), args.collect
     try:
         if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
             path, kind = Path("data") / f"{args.env_id}_{args.dataset}_{args.collect_steps}.npz", args.dataset
         elif not path.exists() and path.suffix != ".npz":
-            named = path.with_name(path.name + ".npz")
-            path = named if kind or named.exists() else path
+            path = path.with_name(path.name + ".npz")
         found = path.exists()
         if kind and not found:
             make_dataset(path, kind, args, env)
@@ -1107,7 +1109,7 @@ def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
         maker = f", collected by {made_with['collect']}" if "collect" in made_with else ""
         print(f"using {path}{maker}; remove it to collect it anew")
         if "first_seed" in made_with and not is_reproduced(dataset, env, made_with["first_seed"]):
-            changed = f"warning: {args.env_id} does not do what {path} holds: its code has changed, or how it is drawn"
+            changed = f"warning: {args.env_id} does not do what {path} holds: its code or its drawing has changed"
             print(f"{changed}; remove that file to collect it anew", file=sys.stderr)
     return dataset, digest
 

@@ -18,7 +18,7 @@ Docs: docs/sac_ae_pixels.md
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "tensorboard==2.21.0",
 #   "pillow==11.3.0", "gymnasium==1.4.0", "moviepy==2.2.1", "dm_control==1.0.50", "mujoco==3.17.0",
-#   "shimmy[dm-control]==2.0.1",
+#   "shimmy[dm-control]==2.0.1", "pygame==2.6.1",
 # ]
 # ///
 
@@ -151,6 +151,8 @@ class Args:
     """weight decay of the decoder"""
     random_shift: int = 0
     """pixels by which each sampled observation is shifted at random, as DrQ does with 4 (0: not at all)"""
+    residual_action: bool = False
+    """if toggled, the policy sees the previous action and adds it to its mean before tanh, as ResAct does"""
     bf16: bool = False
     """if toggled, networks compute in bfloat16 (weights stay float32): faster where the processor has it"""
 
@@ -356,20 +358,30 @@ def squashed_gaussian(output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 class Actor(nn.Module):
-    """The policy: its encoder has the critic's convolutions and a head of its own."""
+    """The policy: its encoder has the critic's convolutions and a head of its own.
+
+    With `--residual-action` it chooses a change of the previous action, which it also sees (Liu, Peng, Tian, "Visual
+    Reinforcement Learning with Residual Action", AAAI 2025, without that paper's difference of features).
+    """
 
     def __init__(self, channels: int, size: tuple[int, int], action_dim: int, args: Args) -> None:
         """Two hidden layers between the latent and the 2A outputs, mean and raw log standard deviation."""
         super().__init__()
+        self.residual = args.residual_action
         self.encoder = Encoder(channels, size, args)
-        self.trunk = mlp(args.feature_dim, args.hidden_dim, 2 * action_dim)
+        inputs = args.feature_dim + action_dim if self.residual else args.feature_dim
+        self.trunk = mlp(inputs, args.hidden_dim, 2 * action_dim)
 
-    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled action (B, A), log-probability (B,) and log standard deviation (B, A), of features (B, F).
+    def forward(self, features: Tensor, previous_action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled action (B, A), log-probability (B,) and log std (B, A), of features (B, F) and the action before.
 
         Where the noise is 0, the action is the mean's.
         """
-        return squashed_gaussian(self.trunk(self.encoder.head(features)), noise)
+        latent = self.encoder.head(features)
+        if not self.residual:
+            return squashed_gaussian(self.trunk(latent), noise)
+        change, log_std = self.trunk(torch.cat((latent, previous_action), 1)).chunk(2, 1)
+        return squashed_gaussian(torch.cat((previous_action + change, log_std), 1), noise)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Everything but the tied convolutions, which the actor's loss must never move."""
@@ -394,13 +406,17 @@ class Critic(nn.Module):
 
 # Replay buffer -------------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
-    """Transitions: (B, C, H, W), (B, A), (B,), (B, C, H, W), (B,) float 0 or 1; observations are uint8 or scaled."""
+    """Transitions: (B, C, H, W), (B, A), (B,), (B, C, H, W), (B,) float 0 or 1; observations are uint8 or scaled.
+
+    The previous action (B, A) is that of the step before, 0 at an episode's start.
+    """
 
     observation: Tensor
     action: Tensor
     reward: Tensor
     next_observation: Tensor
     terminated: Tensor
+    previous_action: Tensor
 
 
 class ReplayBuffer:
@@ -457,7 +473,12 @@ class ReplayBuffer:
         rows = torch.maximum(row + torch.arange(-self.stack, 1), first)
         frames = self.frames.index_select(0, rows.flatten()).view(len(index), -1, *self.frames.shape[2:])
         frames = frames.to(device, memory_format=torch.channels_last)  # (B, 3 (stack + 1), H, W)
-        return Batch(frames[:, :-3], values[:, :-2], values[:, -2], frames[:, 3:], values[:, -1])
+        previous_action = (self.values[index - 1, :-2] * (row > first + 1)).to(device)
+        return Batch(frames[:, :-3], values[:, :-2], values[:, -2], frames[:, 3:], values[:, -1], previous_action)
+
+    def previous_action(self) -> np.ndarray:
+        """The newest action (A,) of the current episode, 0 at its start."""
+        return (self.values[self.size - 1, :-2] * (self.row > self.first)).numpy()
 
     def current_episode(self) -> tuple[np.ndarray, np.ndarray]:
         """The actions (T, A) of the episode so far, and its newest observation (C, H, W)."""
@@ -564,20 +585,20 @@ class SACAE(nn.Module):
         return observation.to(dtype, memory_format=torch.channels_last).div_(255.0)
 
     @torch.inference_mode()
-    def act(self, observation: np.ndarray, sample: bool = False) -> np.ndarray:
-        """Actions (N, A) for observations (N, C, H, W) uint8: the mean's, or sampled ones."""
+    def act(self, observation: np.ndarray, previous_action: np.ndarray, sample: bool = False) -> np.ndarray:
+        """Actions (N, A) for observations (N, C, H, W) uint8 and the actions before: the mean's, or sampled ones."""
         draw = torch.randn if sample else torch.zeros
         noise = draw(len(observation), self.action_dim, device=self.device)
         with self.autocast():
             features = self.critic.encoder.features(self.scale(torch.from_numpy(observation).to(self.device)))
-            return self.actor(features, noise)[0].cpu().numpy()
+            return self.actor(features, torch.from_numpy(previous_action).to(self.device), noise)[0].cpu().numpy()
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> Tensor:
         """Targets (B,) of both Q functions: reward and the soft value of what follows (equations 2 and 3)."""
         with self.autocast():
             features = self.critic.encoder.features(batch.next_observation)
-            action, log_probability, _ = self.actor(features, noise)
+            action, log_probability, _ = self.actor(features, batch.action, noise)  # which is the previous one there
             target_features = self.target_critic.encoder.features(batch.next_observation)
             min_q = torch.minimum(*self.target_critic(target_features, action))
         value = min_q - self.log_alpha.exp() * log_probability
@@ -592,10 +613,10 @@ class SACAE(nn.Module):
         gradient_step(loss, self.optimizers["critic"])
         return {"critic": loss.detach(), "q_value": q1.detach().mean()}
 
-    def update_actor(self, features: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update_actor(self, features: Tensor, previous_action: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """One step of the actor on detached features (B, F), then one of the temperature on the same sample."""
         with self.autocast():
-            action, log_probability, log_std = self.actor(features, noise)
+            action, log_probability, log_std = self.actor(features, previous_action, noise)
             min_q = torch.minimum(*self.critic(features, action))
         alpha = self.log_alpha.exp()
         loss = (alpha.detach() * log_probability - min_q).mean()
@@ -649,7 +670,7 @@ class SACAE(nn.Module):
             with torch.set_grad_enabled(args.reconstruction), self.autocast():
                 features = self.critic.encoder.features(pixels)
         if actor:
-            losses |= self.update_actor(features.detach(), noise.actor)
+            losses |= self.update_actor(features.detach(), batch.previous_action, noise.actor)
         if targets:
             self.update_targets()
         if args.reconstruction:
@@ -668,9 +689,11 @@ def evaluate(agent: SACAE, envs: Iterable[gym.Env], seed: int) -> dict[str, floa
     returns, lengths, successes = [], [], []
     for i, env in enumerate(envs):
         observation, _ = env.reset(seed=episode_seed(seed, i, stream=1))
+        action = np.zeros(agent.action_dim, np.float32)
         rewards, done = [], False
         while not done:
-            observation, reward, terminated, truncated, info = env.step(agent.act(observation[None])[0])
+            action = agent.act(observation[None], action[None])[0]
+            observation, reward, terminated, truncated, info = env.step(action)
             rewards.append(reward)
             done = terminated or truncated
         returns.append(sum(rewards))
@@ -781,7 +804,7 @@ def main(args: Args) -> Path:
             if agent_step < args.learning_starts:
                 action = torch.rand(env.action_dim).mul_(2.0).sub_(1.0).numpy()
             else:
-                action = agent.act(observation[None], sample=True)[0]
+                action = agent.act(observation[None], buffer.previous_action()[None], sample=True)[0]
             if not np.isfinite(action).all():  # diverged: name the loss, if it shows there already
                 run.log(step, losses)
                 raise RunError(f"step {step}: the policy's action is {action}; try a smaller learning rate")

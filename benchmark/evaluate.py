@@ -166,7 +166,7 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
     except ValueError as error:
         usage_error(str(error))
     if args.still:
-        agent.act = lambda observation: np.zeros((len(observation), agent.action_dim), np.float32)
+        agent.act = lambda observation, _: np.zeros((len(observation), agent.action_dim), np.float32)
     result = sac_ae_pixels.evaluate(agent, [env] * args.episodes, seed)
     return result, "actions of 0" if args.still else "the policy's mean"
 

@@ -3,8 +3,8 @@
 # All of them:      bash benchmark/plas_pixels.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/plas_pixels.sh
 # Running the list again finishes what is missing. Run names are plas_pixels-<signal>-<dataset>__<environment>__<seed>.
-# The last jobs need what the first one leaves: begun before it has ended, they fail with a line, and need a second run
-# of the list.
+# The last jobs need what the first two leave: begun before these have ended, they fail with a line, and need a second
+# run of the list.
 runs=${RUNS:-runs}
 
 job() { # signal, dataset, environment, seed, arguments
@@ -12,9 +12,12 @@ job() { # signal, dataset, environment, seed, arguments
         "--env $3 --encoder-signal $1 --seed $4 ${*:5}"
 }
 
-# The data of cartpole-swingup, of an agent that sees states.
+# The data of cartpole-swingup, of an agent that sees states: 15,000 transitions; and 100,000, as V-D4RL has, of an agent
+# that takes about as many gradient steps.
 source=$runs/plas_pixels_data__cartpole-swingup
-echo "python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4 --folder $source"
+collect="python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4"
+echo "$collect --folder $source"
+echo "$collect --steps 100000 --update-every 7 --folder $source-100k"
 
 for seed in 1 2 3 4 5; do
     for data in medium expert random; do
@@ -41,6 +44,19 @@ for seed in 1 2; do
         for signal in both critic vae; do
             job $signal $data dm_control/cartpole-swingup-v0 $seed --dataset "$source/$data.npz" \
                 --action-repeat 4 --gamma 0.98 --image-size 64 --bf16 --eval-episodes 10
+        done
+    done
+done
+
+# Are 15,000 transitions too few, and does LayerNorm help with more? 100,000 transitions, 25,000 gradient steps.
+for seed in 1 2; do
+    for norm in "" --layer-norm; do
+        for data in medium mixed; do
+            for signal in both critic vae; do
+                job $signal "$data-100k${norm/--/-}" dm_control/cartpole-swingup-v0 $seed \
+                    --dataset "$source-100k/$data.npz" --total-timesteps 25000 --action-repeat 4 --gamma 0.98 \
+                    --image-size 64 --bf16 --eval-episodes 10 $norm
+            done
         done
     done
 done

@@ -28,6 +28,7 @@ from benchmark.plot import bootstrap_interval, interquartile_mean, markdown, usa
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = ["critic", "vae", "both", "separate", "reconstruction", "none"]
 DATASETS = ["random", "medium", "mixed", "expert", "medium-60k", "medium-long"]  # the last two: more data, more steps
+DATASETS += [f"{data}-100k{norm}" for norm in ("", "-layer-norm") for data in ("medium", "mixed")]
 KEY = ["dataset", "signal", "seed", "step"]
 COLUMNS = {  # of eval.csv, and of the table
     "episodic_return": "return", "q_error": "Q error (MSE)", "q_bias": "Q bias", "q_correlation": "Q corr.",

@@ -6,7 +6,11 @@
 # Running the list again finishes what is missing.
 runs=${RUNS:-runs}
 
-job() { # run name, arguments
+listed=" "
+
+job() { # run name, arguments; each job is listed once, where it is most wanted
+    [[ $listed == *" $1 "* ]] && return
+    listed+="$1 "
     echo "python sac_ae_pixels.py --runs-dir $runs --run-name $1 --resume ${*:2}"
 }
 
@@ -18,6 +22,12 @@ ablation() { # name, environment, seeds, arguments
     for seed in $3; do
         job "sac_ae_pixels-$1__$2__$seed" --env "$2" --seed "$seed" --total-timesteps 100000 --bf16 "${@:4}"
     done
+}
+
+# Random shifts in place of the autoencoder; the same with residual actions.
+shifted() { # environment, seeds
+    ablation shift-alone "$1" "$2" --random-shift 4 --no-reconstruction
+    ablation residual "$1" "$2" --random-shift 4 --no-reconstruction --residual-action
 }
 
 # From pixels to a solved pendulum in minutes; in float32 and in bfloat16.
@@ -33,8 +43,11 @@ table cartpole-swingup 1
 table ball_in_cup-catch 1
 ablation no-reconstruction ball_in_cup-catch 1 --no-reconstruction
 ablation random-shift cartpole-swingup 1 --random-shift 4
-ablation shift-alone cartpole-swingup 1 --random-shift 4 --no-reconstruction
-ablation shift-alone ball_in_cup-catch 1 --random-shift 4 --no-reconstruction
+shifted cartpole-swingup "1 2 3"
+shifted ball_in_cup-catch 1
+ablation newcomer cartpole-swingup 1 --image-size 64 --random-shift 4 --no-reconstruction
+shifted cheetah-run 1
+shifted reacher-easy 1
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16

@@ -545,11 +545,13 @@ def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
     assert len(set(seeds)) == 40 and not set(seeds) & used
 
 
-def test_evaluate_plays_from_pixels_and_stands_still(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("residual_action", [False, True])
+def test_evaluate_plays_from_pixels_and_stands_still(residual_action, tmp_path, monkeypatch, capsys):
     import sac_ae_pixels
 
     args = sac_ae_pixels.Args(
         env_id="Pendulum-v1", image_size=16, num_layers=1, num_filters=2, hidden_dim=8, action_repeat=20, seed=3,
+        residual_action=residual_action,
     )  # fmt: skip
     sac_ae_pixels.check(args)
     torch.manual_seed(0)
@@ -814,10 +816,10 @@ def test_the_script_has_dot_hazards_data_made(tmp_path, monkeypatch, capsys):
 
 def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
     agent = plas_data.sac_ae_pixels.SACAE.__new__(plas_data.sac_ae_pixels.SACAE)
-    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1}
+    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, "residual_action": False}
     own = {
         "args": SimpleNamespace(**sizes, seed=1), "action_dim": 2,
-        "act": lambda pictures: np.tanh(pictures.reshape(len(pictures), -1)[:, :2] / 255.0 - 0.2, dtype=np.float32),
+        "act": lambda pictures, _: np.tanh(pictures.reshape(len(pictures), -1)[:, :2] / 255.0 - 0.2, dtype=np.float32),
     }  # fmt: skip
     agent.__dict__.update(own)
     monkeypatch.setattr(plas_data.evaluate, "load_agent", lambda path: agent)
@@ -825,7 +827,7 @@ def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
     plas_data.main(data(tmp_path, collect=str(tmp_path / "model.pt"), file=tmp_path / "sac.npz"))
     columns = columns_of(tmp_path / "sac.npz")
     pictures = np.moveaxis(columns["image"][:40], 3, 1)
-    np.testing.assert_array_equal(columns["action"][1:41], own["act"](pictures))
+    np.testing.assert_array_equal(columns["action"][1:41], own["act"](pictures, None))
 
 
 @pytest.mark.parametrize(
@@ -834,6 +836,7 @@ def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
         ({"action_dim": 3}, "has 3 actions, the environment 2"),
         ({"frame_stack": 3}, "was made with --frame-stack 3, not as here"),
         ({"image_size": 84}, "was made with --image-size 84, not as here"),
+        ({"residual_action": True}, "was trained with --residual-action"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(changes, part, tmp_path, monkeypatch, capsys):

@@ -2225,10 +2225,9 @@ def signalled(number: int, tmp_path: Path) -> int:
 def test_signals_and_resuming_through_the_command_line(tmp_path):
     whole = command("--runs-dir", str(tmp_path), "--run-name", "whole", *PLATFORM)
     assert whole.returncode == 0, whole.stderr
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        assert signalled(number, tmp_path) == status
-        state = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
-        assert 0 < state["step"] < 400 and not state["finished"]
+    assert signalled(signal.SIGINT, tmp_path) == 130  # other signals, and kills, are tested in forks, which are faster
+    state = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
+    assert 0 < state["step"] < 400 and not state["finished"]
     flags = "--runs-dir", str(tmp_path), "--run-name", "stopped", "--resume", *PLATFORM
     last = command(*flags)
     assert last.returncode == 0, last.stderr

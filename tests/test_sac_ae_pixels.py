@@ -126,7 +126,7 @@ def golden_agent(name: str, **changes) -> tuple[SACAE, Batch, Noise]:
         agent.log_alpha.copy_(data["init/log_alpha"])
     batch = Batch(
         data["batch/obs"], data["batch/action"], data["batch/reward"][:, 0], data["batch/next_obs"],
-        1.0 - data["batch/not_done"][:, 0],
+        1.0 - data["batch/not_done"][:, 0], torch.zeros_like(data["batch/action"]),
     )  # fmt: skip
     return agent, batch, Noise(data["noise/eps_target"], data["noise/eps_actor"], data["noise/dither_u8"])
 
@@ -151,9 +151,9 @@ def test_forward_values_are_the_originals(name):
     batch = scaled(agent, uint8_batch)
     with torch.no_grad():
         features = agent.critic.encoder.features(batch.next_observation)
-        mean_action, _, _ = agent.actor(features, torch.zeros_like(noise.target))
+        mean_action, _, _ = agent.actor(features, batch.previous_action, torch.zeros_like(noise.target))
         assert_near(mean_action, data["fwd/next_tanh_mu"], 1e-5, 1e-6)
-        action, log_probability, log_std = agent.actor(features, noise.target)
+        action, log_probability, log_std = agent.actor(features, batch.previous_action, noise.target)
         assert_near(action, data["fwd/next_pi"], 1e-5, 1e-6)
         assert_near(log_probability, data["fwd/next_log_pi"], 1e-5, 1e-5)
         assert_near(log_std, data["fwd/next_log_std"], 1e-5)
@@ -277,7 +277,7 @@ def test_the_temperature_goes_as_the_originals():
             return raw[:, :1], log_pi.float() + 0.0 * raw.sum(1), raw[:, 1:]
 
         agent.actor.forward = sampled
-        agent.update_actor(features, torch.zeros(len(features), 1))
+        agent.update_actor(features, *torch.zeros(2, len(features), 1))
         assert_near(agent.log_alpha.grad, data["alpha/grad"][i], 1e-5, 1e-6)
         assert_near(agent.log_alpha, data["alpha/log_alpha_after"][i], 0.0, 1e-6)
 
@@ -521,7 +521,8 @@ def random_batch(agent: SACAE, size=8, seed=1) -> Batch:
     frames = frames.contiguous(memory_format=torch.channels_last)
     action = torch.rand(size, agent.action_dim, generator=generator) * 2.0 - 1.0
     reward, terminated = torch.randn(size, generator=generator), torch.rand(size, generator=generator) < 0.3
-    return Batch(frames[:, :-3], action, reward, frames[:, 3:], terminated.float())
+    previous_action = torch.rand(size, agent.action_dim, generator=generator) * 2.0 - 1.0
+    return Batch(frames[:, :-3], action, reward, frames[:, 3:], terminated.float(), previous_action)
 
 
 def tensors(value, name="") -> dict[str, Tensor]:
@@ -673,8 +674,8 @@ def test_pictures_need_not_be_square():
     args = resolve(Args(**SMALL, env_id="PixelToy-v0", random_shift=2))
     agent = SACAE(args, (16, 25), 2, CPU)
     frames = torch.randint(0, 256, (8, 12, 16, 25), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    rest = torch.rand(8, 2), torch.rand(8), torch.zeros(8)
-    losses = agent.update(Batch(frames[:, :-3], *rest[:2], frames[:, 3:], rest[2]), True, True)
+    rest = torch.rand(8, 2), torch.rand(8), torch.zeros(8), torch.zeros(8, 2)
+    losses = agent.update(Batch(frames[:, :-3], *rest[:2], frames[:, 3:], *rest[2:]), True, True)
     assert all(value.isfinite() for value in losses.values()) and len(losses) == 9
     assert agent.decoder(agent.critic.encoder(torch.rand(2, 9, 16, 25))).shape == (2, 9, 16, 25)
 
@@ -769,7 +770,7 @@ def test_each_update_moves_what_it_should_and_nothing_else():
     assert moved(before, agent) == {*ENCODER, "critic.q1", "critic.q2"}
 
     before = snapshot(agent)
-    agent.update_actor(features_of(agent, batch).detach(), noise.actor)
+    agent.update_actor(features_of(agent, batch).detach(), batch.previous_action, noise.actor)
     assert moved(before, agent) == {"actor.encoder.fc", "actor.encoder.ln", "actor.trunk", "log_alpha"}
 
     before = snapshot(agent)
@@ -786,7 +787,7 @@ def test_the_actors_loss_does_not_reach_the_convolutions_even_if_it_could():
     agent = small_agent()
     batch, noise = random_batch(agent), agent.draw_noise(random_batch(agent))
     before = snapshot(agent)
-    agent.update_actor(features_of(agent, batch), noise.actor)
+    agent.update_actor(features_of(agent, batch), batch.previous_action, noise.actor)
     assert not ENCODER & moved(before, agent)
     assert all(p.grad is None for p in agent.critic.parameters())
 
@@ -810,7 +811,8 @@ def test_bf16_tells_large_values_of_near_actions_apart():
     with agent.autocast():
         values = agent.critic.q1(inputs)
     assert values.dtype == torch.float32 and len(values.unique()) > 40
-    assert agent.actor(torch.rand(3, agent.actor.encoder.fc.in_features), torch.zeros(3, 2))[0].dtype == torch.float32
+    features, nothing = torch.rand(3, agent.actor.encoder.fc.in_features), torch.zeros(3, 2)
+    assert agent.actor(features, nothing, nothing)[0].dtype == torch.float32
 
 
 def test_actor_and_targets_can_wait():
@@ -873,7 +875,7 @@ def test_one_pass_for_actor_and_autoencoder_gives_the_same_weights():
                 agent.update(batch, True, True, noise)
                 continue
             agent.update_critic(scaled(agent, batch), noise.target)
-            agent.update_actor(features_of(agent, batch).detach(), noise.actor)
+            agent.update_actor(features_of(agent, batch).detach(), batch.previous_action, noise.actor)
             agent.update_targets()
             agent.update_reconstruction(features_of(agent, batch), batch.observation, noise.dither)
         results.append(tensors(everything(agent)))
@@ -918,6 +920,93 @@ def test_deconvolutions_are_transposed_convolutions(options, bf16):
     assert results[0][3].abs().min() > 1e-3 and results[0][3].dtype == torch.float32
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2.0**-7 if bf16 else 1e-5, atol=1e-6)
+
+
+# --- residual actions ---
+def residual_agent() -> tuple[SACAE, Batch, Noise]:
+    agent = small_agent(residual_action=True)
+    batch = random_batch(agent)
+    return agent, batch, agent.draw_noise(batch)
+
+
+def test_a_residual_policy_adds_its_output_to_the_action_before():
+    agent, batch, noise = residual_agent()
+    features, previous = features_of(agent, batch).detach(), batch.previous_action
+    action, _, log_std = agent.actor(features, previous, noise.actor)
+    output = agent.actor.trunk(torch.cat((agent.actor.encoder.head(features), previous), 1))
+    assert torch.allclose(action, torch.tanh(previous + output[:, :2] + log_std.exp() * noise.actor), atol=1e-6)
+    raw = torch.tanh(output[:, 2:])
+    assert torch.allclose(log_std, -4.0 + 6.0 * raw, atol=1e-6)
+    with torch.no_grad():
+        agent.actor.trunk[-1].weight.zero_()
+    pictures, nothing = batch.observation.numpy(), np.zeros((8, 2), np.float32)
+    assert np.allclose(agent.act(pictures, previous.numpy()), np.tanh(previous.numpy()), atol=1e-6)
+    assert not agent.act(pictures, nothing).any()  # an episode's first action
+
+
+def test_a_residual_policys_log_probability_is_that_of_its_actions():
+    """The noise's density by the volume that it is stretched to, from differences of actions."""
+    agent, batch, noise = residual_agent()
+    features, previous = features_of(agent, batch).detach(), 0.8 * batch.previous_action
+
+    def actions(shift: float) -> Tensor:
+        return agent.actor(features, previous, noise.actor + shift)[0].detach().double()
+
+    stretch = (actions(0.02) - actions(-0.02)) / 0.04
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(noise.actor.double())
+    log_probability = agent.actor(features, previous, noise.actor)[1]
+    assert_near(log_probability, (normal - stretch.log()).sum(1), 0.0, 5e-3)
+    plain = agent.actor(features, torch.zeros_like(previous), noise.actor)[1]
+    assert (plain - log_probability).abs().max() > 0.1
+
+
+def test_the_actors_loss_moves_the_weights_that_read_the_action_before_and_no_data():
+    agent, batch, noise = residual_agent()
+    batch.previous_action.requires_grad_()
+    batch.action.requires_grad_()
+    weight = agent.actor.trunk[0].weight
+    before, all_before = weight.detach().clone(), snapshot(agent)
+    agent.update_critic(scaled(agent, batch), noise.target)
+    assert torch.equal(weight, before)
+    assert moved(all_before, agent) == {*ENCODER, "critic.q1", "critic.q2"}
+    all_before = snapshot(agent)
+    agent.update_actor(features_of(agent, batch).detach(), batch.previous_action, noise.actor)
+    assert weight.shape[1] == agent.args.feature_dim + 2 and (weight != before)[:, -2:].any(0).all()
+    assert moved(all_before, agent) == {"actor.encoder.fc", "actor.encoder.ln", "actor.trunk", "log_alpha"}
+    assert batch.previous_action.grad is None and batch.action.grad is None
+
+
+def test_the_action_before_the_next_observation_is_the_transitions_own():
+    agent, uint8_batch, noise = residual_agent()
+    batch = scaled(agent, uint8_batch)._replace(terminated=torch.zeros(8))
+    target = agent.critic_target(batch, noise.target)
+    with torch.no_grad():
+        features = agent.critic.encoder.features(batch.next_observation)
+        action, log_probability, _ = agent.actor(features, batch.action, noise.target)
+        target_features = agent.target_critic.encoder.features(batch.next_observation)
+        min_q = torch.minimum(*agent.target_critic(target_features, action))
+    assert_near(target, batch.reward + 0.99 * (min_q - 0.1 * log_probability), 1e-5)
+    assert torch.equal(agent.critic_target(batch._replace(previous_action=-batch.action), noise.target), target)
+    assert not torch.allclose(agent.critic_target(batch._replace(action=-batch.action), noise.target), target)
+
+
+def test_an_update_shows_the_policy_the_batchs_previous_action():
+    results = []
+    for sign in (1.0, -1.0):
+        agent, batch, noise = residual_agent()
+        agent.update(batch._replace(previous_action=sign * batch.previous_action), True, True, noise)
+        results.append(snapshot(agent))
+    one, other = results
+    differing = {name for name in one if not all(map(torch.equal, one[name], other[name]))}
+    assert differing == {"actor.encoder.fc", "actor.encoder.ln", "actor.trunk"}  # log_alpha's first step is +- its rate
+
+
+def test_without_residual_actions_the_action_before_is_not_seen():
+    agent = small_agent()
+    batch, noise = random_batch(agent), agent.draw_noise(random_batch(agent))
+    features = features_of(agent, batch).detach()
+    results = [agent.actor(features, previous, noise.actor) for previous in (batch.previous_action, batch.action)]
+    assert all(map(torch.equal, *results)) and agent.actor.trunk[0].in_features == agent.args.feature_dim
 
 
 # --- noise and augmentation ---
@@ -990,22 +1079,25 @@ def filled(path: Path, lengths: list[int], steps: int, window=1_000_000, stack=3
     """A buffer after episodes of these lengths, and what each transition should be."""
     buffer, expected, number = ReplayBuffer(path, steps, window, (4, 4), stack, 2), [], 0
     for length in lengths:
-        seen = [number] * stack
+        seen, before = [number] * stack, [0, 0]
         buffer.start_episode(frame_of(number))
         for t in range(length):
             number += 1
             following = [*seen[1:], number]
             action, reward = np.float32([number, -number]), number / 2
             buffer.add(action, reward, t == length - 1, frame_of(number))
-            expected.append((seen, [number, -number], reward, following, float(t == length - 1)))
-            seen = following
+            expected.append((seen, [number, -number], reward, following, float(t == length - 1), before))
+            seen, before = following, [number, -number]
         number += 1
     return buffer, expected
 
 
 def read(buffer: ReplayBuffer, index: Tensor) -> list:
     batch = buffer.gather(index, CPU)
-    return [(number_of(o), a.tolist(), float(r), number_of(n), float(d)) for o, a, r, n, d in zip(*batch, strict=True)]
+    return [
+        (number_of(o), a.tolist(), float(r), number_of(n), float(d), p.tolist())
+        for o, a, r, n, d, p in zip(*batch, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("stack", [1, 3, 4])
@@ -1027,6 +1119,15 @@ def test_sampling_is_uniform_over_the_newest_transitions(tmp_path):
     assert deviation.sum() < 24 + 6 * math.sqrt(48)
     few, _ = filled(tmp_path / "few", [2], 25)
     assert set(few.sample(100, CPU).action[:, 0].tolist()) == {1.0, 2.0}
+
+
+def test_the_oldest_that_is_sampled_has_the_action_before_it(tmp_path):
+    torch.manual_seed(0)
+    buffer, _ = filled(tmp_path / "frames", [4, 30], 34, window=5)
+    batch = buffer.sample(200, CPU)
+    assert set(batch.previous_action[:, 0].tolist()) == {30.0, 31.0, 32.0, 33.0, 34.0}
+    assert torch.equal(batch.previous_action, batch.action - torch.tensor([1.0, -1.0]))
+    assert not batch.previous_action.requires_grad
 
 
 def test_frames_are_stored_once(tmp_path):
@@ -1052,7 +1153,7 @@ def test_a_buffer_goes_on_where_it_was_saved(tmp_path):
     assert read(again, torch.arange(again.size)) == expected
     again.start_episode(frame_of(300))
     again.add(np.float32([1, 2]), 3.0, False, frame_of(301))
-    last = ([300] * 3, [1, 2], 3.0, [300, 300, 301], 0.0)
+    last = ([300] * 3, [1, 2], 3.0, [300, 300, 301], 0.0, [0, 0])
     assert read(again, torch.arange(again.size)) == [*expected, last]
 
 
@@ -1067,10 +1168,13 @@ def test_an_episode_that_begins_after_the_last_transition_overwrites_nothing(tmp
 
 def test_the_current_episode_is_what_has_been_done_and_seen(tmp_path):
     buffer, _ = filled(tmp_path / "frames", [5, 2], 10)
+    assert not ReplayBuffer(tmp_path / "empty", 10, 10, (4, 4), 3, 2).previous_action().any()
     buffer.start_episode(frame_of(900))
+    assert np.array_equal(buffer.previous_action(), np.float32([0, 0]))
     for number in (901, 902):
         buffer.add(np.float32([number, 0.1]), 0.0, False, frame_of(number))
         actions, observation = buffer.current_episode()
+        assert np.array_equal(buffer.previous_action(), np.float32([number, 0.1]))
     assert np.array_equal(actions, np.float32([[901, 0.1], [902, 0.1]]))
     assert number_of(torch.from_numpy(observation)) == [900, 901, 902]
 
@@ -1102,9 +1206,9 @@ def test_a_saved_replay_holds_every_transition_with_its_stacks(stack, unfinished
     assert len(dataset.rows) == buffer.size == sum(lengths) + unfinished
     assert len(dataset.starts) == len(lengths) + bool(unfinished)
     held = held._replace(terminated=1.0 - held.terminated)
-    for ours, theirs in zip(batch, held, strict=True):
+    for ours, theirs in zip(batch, held[:5], strict=True):
         assert torch.equal(ours, theirs)
-    for i, (seen, _, reward, following, terminated) in enumerate(expected):
+    for i, (seen, _, reward, following, terminated, _) in enumerate(expected):
         assert number_of(batch.observation[i]) == seen and number_of(batch.next_observation[i]) == following
         assert float(batch.reward[i]) == reward and float(batch.discount[i]) == 1.0 - terminated
     with np.load(tmp_path / "replay.npz") as file:
@@ -1124,7 +1228,7 @@ def test_a_runs_replay_is_a_dataset_that_plas_trains_on(env_id, tmp_path, no_pic
     batch, held = (
         as_dataset(folder / "replay.npz", 16, 3, 2, 2).batch(torch.arange(75)), buffer.gather(torch.arange(75), CPU)
     )  # fmt: skip
-    for ours, theirs in zip(batch, held._replace(terminated=1.0 - held.terminated), strict=True):
+    for ours, theirs in zip(batch, held._replace(terminated=1.0 - held.terminated)[:5], strict=True):
         assert torch.equal(ours, theirs)
     ends = torch.arange(75) % 4 == 3  # 7 environment steps, two at a time; the last episode is cut after 3
     assert torch.equal(batch.discount == 0.0, ends & (env_id == "PixelToyTerminating-v0"))
@@ -1335,7 +1439,7 @@ def outcome(folder: Path) -> dict[str, Tensor | bytes]:
 
 
 RING = {"buffer_size": 20}  # wraps three times
-VARIANTS = {"whole": {}, "ring": RING, "replay": {"save_replay": True}}
+VARIANTS = {"whole": {}, "ring": RING, "replay": {"save_replay": True}, "residual": {"residual_action": True}}
 
 
 @pytest.fixture(scope="module")
@@ -1398,15 +1502,36 @@ def test_updates_are_as_many_as_the_originals(tmp_path, no_pictures, monkeypatch
 def test_the_first_actions_are_random_and_then_the_policys(tmp_path, no_pictures, monkeypatch):
     asked, act = [], SACAE.act
 
-    def recorded(self, observation, sample=False):
+    def recorded(self, observation, previous_action, sample=False):
         asked.extend([len(ToyEnv.actions)] * sample)
-        return act(self, observation, sample)
+        return act(self, observation, previous_action, sample)
 
     monkeypatch.setattr(SACAE, "act", recorded)
     sac_ae_pixels.main(tiny(tmp_path, total_timesteps=40))
     assert len(asked) == 10 and asked[0] == 18  # after ten agent steps
     random = np.array(ToyEnv.actions[:18])
     assert (np.ptp(random, axis=0) > [2, 4]).all() and (random >= [-2, 0]).all() and (random <= [2, 10]).all()
+
+
+def test_the_policy_sees_its_action_before_and_0_at_an_episodes_start(tmp_path, no_pictures, monkeypatch):
+    act, asked, kept = SACAE.act, {True: [], False: []}, []
+
+    def recorded(self, observation, previous_action, sample=False):
+        action = act(self, observation, previous_action, sample)
+        asked[sample].append((previous_action[0].tolist(), action[0].tolist()))
+        return action
+
+    monkeypatch.setattr(SACAE, "act", recorded)
+    monkeypatch.setattr(ReplayBuffer, "close", lambda self, keep: kept.append(self))
+    sac_ae_pixels.main(tiny(tmp_path, residual_action=True))
+    batch = kept[0].gather(torch.arange(75), CPU)
+    taken = batch.action.tolist()
+    expected = [[0.0, 0.0] if i % 4 == 0 else taken[i - 1] for i in range(75)]  # episodes of four agent steps
+    assert batch.previous_action.tolist() == expected
+    assert asked[True] == list(zip(expected[10:], taken[10:], strict=True))  # after ten random actions
+    assert len(asked[False]) == 4 * 2 * 4  # evaluations, episodes, steps
+    for i, (previous_action, action) in enumerate(asked[False]):
+        assert previous_action == ([0.0, 0.0] if i % 4 == 0 else asked[False][i - 1][1]) != action
 
 
 def test_a_step_of_training_reaches_the_buffer_as_it_was(tmp_path, no_pictures, monkeypatch):
@@ -1523,6 +1648,7 @@ def half_a_save() -> None:
         *((where, "whole") for where in KILLS if where not in REPLAY_STOPS),
         *((where, "replay") for where in REPLAY_STOPS),
         ("in mid-episode", "ring"),
+        ("in mid-episode", "residual"),
         ("in a gradient step", "ring"),
         ("before a checkpoint is renamed", "ring"),
     ],
@@ -2050,8 +2176,9 @@ def test_every_job_is_what_its_name_says():
     listed = subprocess.run(
         ["bash", ROOT / "benchmark" / "sac_ae_pixels.sh"], capture_output=True, text=True, check=True
     )
-    environments = set()
-    for line in listed.stdout.splitlines():
+    environments, lines = set(), listed.stdout.splitlines()
+    assert len(set(lines)) == len(lines)
+    for line in lines:
         words = line.split()
         args = resolve(tyro.cli(Args, args=words[2:]))
         prefix, env_id, seed = args.run_name.split("__")
@@ -2059,8 +2186,11 @@ def test_every_job_is_what_its_name_says():
         name = prefix.removeprefix("sac_ae_pixels").removeprefix("-")
         pendulum = env_id == "Pendulum-v1"
         assert args.bf16 == (not pendulum or name == "bf16")
-        assert args.random_shift == 4 * (name in ("random-shift", "shift-alone"))
-        assert args.reconstruction == (name not in ("no-reconstruction", "shift-alone"))
+        shifted = name in ("shift-alone", "residual", "newcomer")
+        assert args.random_shift == 4 * (shifted or name == "random-shift")
+        assert args.reconstruction == (not shifted and name != "no-reconstruction")
+        assert args.residual_action == (name == "residual")
+        assert pendulum or args.image_size == (64 if name == "newcomer" else 84)
         assert args.total_timesteps == (20_000 if pendulum else 100_000)
         assert sac_ae_pixels.agent_steps(args) * args.action_repeat == args.total_timesteps
         environments.add(env_id)
