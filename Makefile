@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := runs/demo-$(shell date +%s)
 
-.PHONY: demo test test-slurm lint sync speed opengl
+.PHONY: demo test test-slurm stress lint sync speed opengl
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 needed; try make PYTHON=python3.12"; exit 2; }
@@ -28,6 +28,9 @@ test: .venv/installed opengl  ## everything but the long learning runs
 
 test-slurm: .venv/installed  ## an array of trainings on a real SLURM of two nodes on this machine; installs it, as root
 	.venv/bin/python -m pytest -q -m slow tests/test_slurm.py
+
+stress: .venv/installed  ## kills, full disks, damaged checkpoints, malformed arguments; not in CI
+	.venv/bin/python tests/stress.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

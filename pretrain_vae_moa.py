@@ -19,7 +19,8 @@ Docs: docs/pretrain_vae_moa.md
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "tensorboard==2.21.0",
-#   "pillow==11.3.0", "gymnasium==1.4.0", "moviepy==2.2.1", "pettingzoo==1.27.0",
+#   "pillow==11.3.0", "gymnasium==1.4.0", "moviepy==2.2.1", "pettingzoo==1.27.0", "pygame==2.6.1",
+#   "scipy==1.17.1",
 # ]
 # ///
 
@@ -41,6 +42,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -1192,8 +1194,9 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except OSError as error:  # a full or read-only disk, somebody else's folder
-            usage_error(f"cannot use {self.folder}: {error.strerror or error}; choose another --runs-dir")
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+            reason = getattr(error, "strerror", None) or error
+            usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
         self.started = self.shown = self.window_time = time.monotonic()
         self.window_step = step
@@ -1201,6 +1204,7 @@ class Run:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
 
@@ -1251,6 +1255,13 @@ class Run:
         self.signal, self.signal_time = self.signal or number, self.signal_time or now
         if self.at_once:
             raise KeyboardInterrupt
+
+    def on_unraisable(self, what: Any) -> None:
+        """Python swallows what is raised in a destructor: if it was a signal's interrupt, send the signal again."""
+        if what.exc_type is KeyboardInterrupt and self.signal:
+            threading.Timer(0.01, lambda: self.at_once and os.kill(os.getpid(), self.signal)).start()
+        else:
+            self.unraisable_hook(what)
 
     def unless_stopped(self, work: Callable[[], Any]) -> None:
         """Do `work`, which a signal ends at once: a resumed run does it again."""
@@ -1424,6 +1435,7 @@ class Run:
             self.wandb.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self.unraisable_hook
         self.lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             error = RunError(f"cannot write to {self.folder}: {error.strerror}")

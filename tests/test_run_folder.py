@@ -46,6 +46,33 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+class SignalInADestructor:
+    """Sends SIGTERM when it is destroyed, where Python swallows exceptions."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.001)  # the handler runs in here
+
+
+def test_a_signal_in_a_destructor_stops_the_work_too(script, tmp_path, capsys):
+    def work() -> None:
+        SignalInADestructor()
+        time.sleep(10.0)
+
+    hook = sys.unraisablehook
+    with script.Run(arguments(script, tmp_path)) as run:
+        began = time.monotonic()
+        run.unless_stopped(work)
+        assert run.signal == signal.SIGTERM and time.monotonic() - began < 5.0
+    assert sys.unraisablehook == hook and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_runs_dir_that_is_too_deep_is_refused(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, script, arguments(script, "/".join(2_000 * "a")), "cannot use", "choose another --runs-dir")
+    assert not list(tmp_path.iterdir())
+
+
 def refused(capsys, script: types.ModuleType, args: object, *parts: str) -> None:
     """Status 2, and one line with these parts."""
     capsys.readouterr()
