@@ -4,6 +4,7 @@
     python benchmark/moa.py table --runs runs
     python benchmark/moa.py questions --seeds 1 2 3
     python benchmark/moa.py ceilings
+    python benchmark/moa.py unseen runs/NAME runs/NAME ...
 
 `report` scores a finished run's best model on all held-out games, beside baselines and exact ceilings, says if it is
 better than anybody can be, and writes table.csv, probes.csv and pictures into the run folder.
@@ -14,14 +15,18 @@ benchmark/results/pretrain_vae_moa/.
 own, a mask sliced from the wrong columns, scores of training rows), without the checks of the loader, and writes
 questions.csv and questions.md there.
 `ceilings` plays games of several kinds and writes what can be known about their players to ceilings.md.
+`unseen` tests runs that were trained on games of NS and NH on games in which 0, 1, 2, ... of the players are NA, beside
+Bayes observers who know two scripts and all three, and writes unseen.csv, unseen.md and unseen.png.
 """
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,6 +107,22 @@ class Ceilings:
 
     rows: int = 107_010
     """rows of each kind"""
+    results: Path = RESULTS
+    """the folder to write to"""
+
+
+@dataclass
+class Unseen:
+    """Test runs on games with players of a script that was in no training game."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """finished run folders that were trained on games of NS and NH; those named alike but for the seed are averaged"""
+    games: int = 1_000
+    """games of each share of unseen players"""
+    seed: int = 1_000
+    """seed of the games"""
+    data_dir: str | None = None
+    """the folder that collected datasets are kept in, if it is another one than the runs'"""
     results: Path = RESULTS
     """the folder to write to"""
 
@@ -674,11 +695,124 @@ def ceilings(args: Ceilings) -> None:
     print(text)
 
 
+# Players that the model has never met ---------------------------------------------------------------------------------
+SCRIPTS = ["NS", "NH", "NA"]  # the last is in no training game
+SLIP = 0.01  # else a player who is neither NS nor NH soon does what is impossible, and the NLL is infinite
+TWO, THREE = "history Bayes, knows NS and NH", "history Bayes, knows all three"
+EGOS = {"all": "all players", "known": "NS and NH", "unseen": "NA"}
+
+
+def unseen_games(meta: dict[str, Any], unseen: int, games: int, seed: int) -> stag_hunt.Record:
+    """Games as in a record with this meta data, but for `unseen` NA players in each.
+
+    The numbers of NS and NH among the others are as likely as in training. First positions depend on the seed alone.
+    """
+    config = {name: value for name, value in meta["env_kwargs"].items() if name != "max_cycles"}
+    vector = stag_hunt.VectorStagHunt(stag_hunt.Config(**config), stag_hunt.episode_seeds(seed, 0, games))
+    seats, prior = stag_hunt.rosters(len(SCRIPTS), vector.config.n_players)
+    chosen = (seats == SCRIPTS.index("NA")).sum(1) == unseen
+    roster = stag_hunt.draw_rosters(vector.seeds, seats[chosen], prior[chosen])
+    limit = meta["env_kwargs"]["max_cycles"]
+    arrays = stag_hunt.play(vector, roster, limit, SCRIPTS, meta["tie_break"], meta["epsilon"])
+    arrays |= {"roster": roster, "episode_seed": vector.seeds, "split": np.full(games, 2, np.int8)}
+    return stag_hunt.Record(arrays, {**meta, "strategies": SCRIPTS})
+
+
+def unseen_scores(q: np.ndarray, records: Records) -> Iterator[dict[str, Any]]:
+    """Scores of predictions (N, A) of all rows, of those of players whose script is known, and of unseen ones."""
+    rows, stranger = np.arange(len(q)), records.arrays["strategy"] == SCRIPTS.index("NA")
+    for ego, part in (("all", rows), ("known", rows[~stranger]), ("unseen", rows[stranger])):
+        if len(part):
+            scores = moa.score(q[part], records, part)
+            columns = ("top1", "expected_top1", "regret", "nll", "ece")
+            yield {"ego": ego, "rows": len(part), **{column: number(scores[column]) for column in columns}}
+
+
+def unseen(args: Unseen) -> None:
+    """Write and print the scores of all runs and of both observers, at each share of unseen players."""
+    if not args.runs or args.games < 1:
+        usage_error("at least one run folder and one game expected; see benchmark/pretrain_vae_moa.sh")
+    models, metas = [], []
+    for path in args.runs:
+        agent, records = open_run(Report(path, data_dir=args.data_dir))
+        if "head" not in agent.used:
+            usage_error(f"{path} has trained no policy head; --objective moa or both expected")
+        if records.strategies != SCRIPTS[:2] or "tie_break" not in records.meta:  # `stag_hunt.collect` tells it
+            players = ", ".join(records.strategies) or "unknown players"
+            usage_error(f"{path}: collected games of NS and NH expected, but these are of {players}")
+        if records.meta["seed"] == args.seed:
+            usage_error(f"--seed {args.seed}: {path} was trained on games of this seed")
+        if metas and records.meta["env_kwargs"] != metas[0]["env_kwargs"]:
+            usage_error(f"{path} has another game than {args.runs[0]}")
+        metas.append(records.meta)
+        named = re.fullmatch(r"pretrain_vae_moa-(.+?)__.+__\d+", path.resolve().name)
+        models.append((named[1] if named else path.resolve().name, agent, records.obs.device))
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    table = []
+    players = metas[0]["env_kwargs"]["n_players"]
+    for count in range(players + 1):
+        data = unseen_games(metas[0], count, args.games, args.seed)
+        records = Records(data.arrays, data.meta, "1", torch.device("cpu"))
+        predictions = [
+            (TWO, "", stag_hunt.history_bayes(data, SCRIPTS[:2], SLIP)),
+            (THREE, "", records.ceilings["history Bayes"]),
+        ]
+        for variant, agent, device in models:
+            seen = Records(data.arrays, data.meta, agent.args.context, device)
+            q = predict_actions(agent, seen, np.arange(len(data.arrays["action"])))["q"]
+            predictions.append((variant, agent.args.seed, q))
+        for variant, seed, q in predictions:
+            own = {"variant": variant, "seed": seed, "unseen": count / players}
+            table += [{**own, **row} for row in unseen_scores(q, records)]
+    write_rows(args.results / "unseen.csv", table)
+    text = unseen_table(table)
+    (args.results / "unseen.md").write_text(text)
+    draw_unseen(table).savefig(args.results / "unseen.png", dpi=120)
+    print(text)
+
+
+def unseen_values(table: list[dict[str, Any]], variant: str, ego: str, share: float, column: str) -> list[float]:
+    """The scores of all seeds."""
+    found = [row for row in table if (row["variant"], row["ego"], float(row["unseen"])) == (variant, ego, share)]
+    return [float(row[column]) for row in found]
+
+
+def unseen_table(table: list[dict[str, Any]]) -> str:
+    """Each score over the share of unseen players, mean and deviation over seeds, in Markdown."""
+    shares, variants = (dict.fromkeys(row[name] for row in table) for name in ("unseen", "variant"))
+    kinds = [("expected_top1", ego) for ego in EGOS] + [("regret", ego) for ego in EGOS] + [("ece", "all")]
+    lines = []
+    for (column, ego), variant in itertools.product(kinds, variants):
+        values = [unseen_values(table, variant, ego, float(share), column) for share in shares]
+        name = {"expected_top1": "expected top-1", "ece": "ECE"}.get(column, column)
+        lines.append([f"{name}, {EGOS[ego]}", variant, *(spread(part) if part else "" for part in values)])
+    return markdown(["share of NA players", "", *(f"{float(share):.0%}" for share in shares)], lines)
+
+
+def draw_unseen(table: list[dict[str, Any]]) -> Figure:
+    """Expected accuracy and regret over the share of unseen players, of all players' rows; means of the seeds."""
+    figure, axes = new_figure(2, "Trained on games of NS and NH, tested beside players of a third script")
+    shares, variants = (list(dict.fromkeys(row[name] for row in table)) for name in ("unseen", "variant"))
+    labels = {"expected_top1": "expected top-1 accuracy", "regret": "regret, nats"}
+    for axis, (column, label) in zip(axes, labels.items(), strict=True):
+        for i, variant in enumerate(variants):
+            means = [np.mean(unseen_values(table, variant, "all", float(share), column)) for share in shares]
+            style = {TWO: "k--", THREE: "k-"}.get(variant, f"C{i - 2}-")
+            axis.plot([100 * float(share) for share in shares], means, style, marker=".", label=variant)
+        axis.set(xlabel="share of NA players, %", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 if __name__ == "__main__":
     chosen = tyro.cli(
         Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Table, tyro.conf.subcommand("table")]
         | Annotated[Questions, tyro.conf.subcommand("questions")]
         | Annotated[Ceilings, tyro.conf.subcommand("ceilings")]
+        | Annotated[Unseen, tyro.conf.subcommand("unseen")]
     )
-    {Report: report, Table: table, Questions: questions, Ceilings: ceilings}[type(chosen)](chosen)
+    commands = {Report: report, Table: table, Questions: questions, Ceilings: ceilings, Unseen: unseen}
+    commands[type(chosen)](chosen)

@@ -299,6 +299,21 @@ def moa_questions() -> str:
     return markdown(["change", "held-out games", "training rows", "balanced accuracy", "NLL", "ECE"], lines)
 
 
+def moa_unseen() -> str:
+    """Scores over the share of players whose script was in no training game."""
+    rows = [row for row in rows_of("pretrain_vae_moa", "unseen.csv") if row["ego"] == "all"]
+    shares, variants = (dict.fromkeys(row[name] for row in rows) for name in ("unseen", "variant"))
+    lines = []
+    for column, name in {"expected_top1": "expected top-1", "regret": "regret, nats", "ece": "ECE"}.items():
+        for variant in variants:
+            cells = [
+                small([float(row[column]) for row in rows if (row["variant"], row["unseen"]) == (variant, share)])
+                for share in shares
+            ]
+            lines.append([name, variant, *cells])
+    return markdown(["all players", "", *(f"{float(share):.0%} NA" for share in shares)], lines)
+
+
 # World model ---------------------------------------------------------------------------------------------------------
 def tests_of(row: str) -> list[dict]:
     """The committed tests of a row of the study, one a seed."""
@@ -450,6 +465,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "moa-results": moa_results,
     "moa-probes": moa_probes,
     "moa-questions": moa_questions,
+    "moa-unseen": moa_unseen,
     "world-model-results": world_model_results,
     "world-model-events": world_model_events,
     "world-model-way": world_model_way,

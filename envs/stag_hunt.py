@@ -51,7 +51,8 @@ UP, DOWN, LEFT, RIGHT, STAY, HUNT_STAG, HUNT_HARE = range(7)
 ACTION_NAMES = ("up", "down", "left", "right", "stay", "hunt stag", "hunt hare")
 NUM_ACTIONS = len(ACTION_NAMES)
 STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # (rows, columns) of up, down, left, right, stay
-STRATEGIES = ("NS", "NH", "random")  # nearest stag, nearest hare, uniform over legal actions
+HUNTED = {"NS": [HUNT_STAG], "NH": [HUNT_HARE], "NA": [HUNT_STAG, HUNT_HARE]}  # nearest stag, hare, any prey
+STRATEGIES = ("NS", "NH", "random", "NA")  # random: uniform over legal actions
 
 PRESETS: dict[str, dict[str, int]] = {  # players, beasts, size, as they are named in the HOP code
     "4p5b8x8": {"size": 8, "n_players": 4, "n_stags": 1, "n_hares": 4},
@@ -335,12 +336,12 @@ class VectorStagHunt:
     ) -> np.ndarray:
         """Probabilities (B, n, K, 7) float32 with which each strategy acts for each player.
 
-        NS and NH aim at the nearest prey of their kind, of several as near at the first in reading order. They take a
-        step that shortens the way there, all such steps being equally likely (or always the first of them, with
-        `tie_break` "first"); on it they hunt if that is legal and stay otherwise; if none is left they stay. With
-        probability `epsilon` any legal action is taken.
+        NS and NH aim at the nearest prey of their kind, NA at the nearest of either kind, of several as near at the
+        first in reading order. They take a step that shortens the way there, all such steps being equally likely (or
+        always the first of them, with `tie_break` "first"); on it they hunt if that is legal and stay otherwise; if
+        none is left they stay. With probability `epsilon` any legal action is taken.
         """
-        players = self.players
+        players, kinds = self.players, {HUNT_STAG: self.stags, HUNT_HARE: self.hares}
         around = self.table[players, :STAY]
         uniform = legal / legal.sum(2, dtype=np.float32, keepdims=True)
         result = np.zeros((*players.shape, len(strategies), NUM_ACTIONS), np.float32)
@@ -348,17 +349,17 @@ class VectorStagHunt:
             if strategy == "random":
                 result[:, :, k] = uniform
                 continue
-            prey, hunt = (self.stags, HUNT_STAG) if strategy == "NS" else (self.hares, HUNT_HARE)
-            here, target = self._nearest(prey)
+            hunted = HUNTED[strategy]
+            here, target = self._nearest(np.concatenate([kinds[hunt] for hunt in hunted], 1))
             further = self.distances[self.boards[:, :, None], around, target[:, :, None]]
             nearer = (further < here[:, :, None]) & (here < FAR)[:, :, None]
             if tie_break == "first":
                 nearer &= nearer.cumsum(2) == 1
             ways = nearer.sum(2)
             result[:, :, k, :STAY] = nearer / np.maximum(ways, 1)[:, :, None]
-            hunts = (here == 0) & legal[:, :, hunt]
-            result[:, :, k, hunt] = hunts
-            result[:, :, k, STAY] = (ways == 0) & ~hunts
+            hunts = (here == 0)[:, :, None] & legal[:, :, hunted]
+            result[:, :, k, hunted] = hunts
+            result[:, :, k, STAY] = (ways == 0) & ~hunts.any(2)
         if epsilon > 0.0:
             result = (1.0 - epsilon) * result + epsilon * uniform[:, :, None]
         return result
@@ -685,6 +686,12 @@ def rosters(strategies: int, n_players: int) -> tuple[np.ndarray, np.ndarray]:
     return seats, 1.0 / (len(count) * count[kind.reshape(-1)])
 
 
+def draw_rosters(seeds: np.ndarray, seats: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """The roster (B, n) of each game of these seeds (B,): one of `seats` (V, n), with probabilities like `prior`."""
+    u = uniforms(seeds, ROSTER, 0, 1)[:, 0]
+    return seats[np.searchsorted(prior.cumsum(), u * prior.sum(), "right")]
+
+
 def collect(
     rows: int = 107_010,
     config: Config = Config(),  # noqa: B008  (immutable)
@@ -710,7 +717,7 @@ def collect(
         # No more games than may be needed: a player has at most max_cycles rows.
         count = min(games, max(16, math.ceil(1.5 * missing / (config.n_players * max_cycles))))
         seeds = episode_seeds(seed, first, count)
-        roster = seats[np.searchsorted(prior.cumsum(), uniforms(seeds, ROSTER, 0, 1)[:, 0] * prior.sum(), "right")]
+        roster = draw_rosters(seeds, seats, prior)
         part = play(VectorStagHunt(config, seeds), roster, max_cycles, strategies, tie_break, epsilon)
         enough = np.searchsorted(np.bincount(part["episode"], minlength=count).cumsum(), missing) + 1
         if enough <= count:
@@ -804,14 +811,16 @@ def replay(data: Record, episode: int, caption: Callable[[int], str]) -> Iterato
 
 
 # What can be known ----------------------------------------------------------------------------------------------------
-def history_posterior(data: Record) -> np.ndarray:
+def history_posterior(data: Record, policies: np.ndarray | None = None) -> np.ndarray:
     """The exact probability (N, K) that the acting agent has each strategy, given all that happened before the row.
 
     Bayes' rule over all rosters: the prior, times the probability that each would have acted as it was seen to. The
     game itself does not depend on the roster, given the actions, so it cancels. Needs the rows of all players.
+    `policies` (N, K, A) are what each strategy would have done (if left out: the record's).
     """
     arrays = data.arrays
-    probabilities, n = arrays["policy_probs"], arrays["prev_actions"].shape[1]
+    probabilities = arrays["policy_probs"] if policies is None else policies
+    n = arrays["prev_actions"].shape[1]
     rows, strategies, _ = probabilities.shape
     seats, prior = rosters(strategies, n)
     holds = (seats[:, :, None] == np.arange(strategies)).astype(np.float64)  # (V, n, K)
@@ -855,11 +864,26 @@ def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws
     return shares
 
 
+def history_bayes(data: Record, known: Sequence[str] | None = None, slip: float = 0.0) -> np.ndarray:
+    """Predictions (N, A) of Bayes' rule by an observer of the whole game, who knows these strategies of the record's.
+
+    The observer takes all players for such (if left out: for any of the record's), and expects that with probability
+    `slip` they take any legal action. Without slips, an action that none of the known would take is impossible.
+    """
+    policies = data.arrays["policy_probs"].astype(np.float64)
+    if known is not None:
+        policies = policies[:, [data.meta["strategies"].index(name) for name in known]]
+    if slip > 0.0:
+        legal = data.arrays["action_mask"]
+        policies = (1.0 - slip) * policies + slip * (legal / legal.sum(1, keepdims=True))[:, None]
+    return np.einsum("rk,rka->ra", history_posterior(data, policies), policies)
+
+
 def ceilings(data: Record) -> dict[str, np.ndarray]:
     """Predictions (N, A) by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
 
     Nobody who sees the whole game can do better than the first, nobody at all better than the second.
     """
-    policies, rows = data.arrays["policy_probs"].astype(np.float64), np.arange(len(data.arrays["strategy"]))
-    mixed = np.einsum("rk,rka->ra", history_posterior(data), policies)
-    return {"history Bayes": mixed, "oracle": policies[rows, data.arrays["strategy"]]}
+    rows = np.arange(len(data.arrays["strategy"]))
+    oracle = data.arrays["policy_probs"][rows, data.arrays["strategy"]].astype(np.float64)
+    return {"history Bayes": history_bayes(data), "oracle": oracle}

@@ -172,15 +172,15 @@ def test_tables_by_hand(runs, tmp_path, capsys):
     platform, goal = table_rows(folder / "table.md")
     assert platform == {
         "environment": "Platform-v0", "column": "return", "paper": "0.98 ± 0.01", "CHDP": "0.997",
-        "ours": "0.600 ± 0.245", "ours, averaged policy": "0.650 ± 0.245", "seeds": "3", "steps": "1,200",
+        "ours": "0.600 ± 0.300", "ours, averaged policy": "0.650 ± 0.300", "seeds": "3", "steps": "1,200",
         "evaluation episodes": "100", "each seed (seed)": "0.900 (1), 0.600 (2), 0.300 (10)",
     }  # fmt: skip
     assert (goal["column"], goal["paper"], goal["CHDP"]) == ("success", "0.78 ± 0.03", "0.809")
     assert (goal["ours"], goal["seeds"], goal["evaluation episodes"]) == ("0.750", "1", "50")
     assert goal["ours, averaged policy"] == "–"
     averaged, no_kl = table_rows(folder / "ablations.md")
-    assert (no_kl["change"], no_kl["score"], no_kl["seeds"]) == ("no-kl", "0.300 ± 0.200", "2")
-    assert no_kl["unchanged, same seeds"] == "0.750 ± 0.150"
+    assert (no_kl["change"], no_kl["score"], no_kl["seeds"]) == ("no-kl", "0.300 ± 0.283", "2")
+    assert no_kl["unchanged, same seeds"] == "0.750 ± 0.212"
     assert no_kl["each seed (seed)"] == "0.500 (1), 0.100 (2)"
     assert averaged["change"] == "averaged-policy"
     assert (folder / "table.md").read_text() in printed
@@ -306,7 +306,7 @@ def test_plot_from_the_command_line(runs, tmp_path):
     command = [sys.executable, BENCHMARK / "plot.py", "hyar_td3", "--runs", runs, "--results", tmp_path / "results"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "0.600 ± 0.245" in done.stdout
+    assert "0.600 ± 0.300" in done.stdout
 
 
 # --- the job list and the cluster template ---
@@ -712,8 +712,8 @@ def test_tests_of_world_models_become_a_table(world_models, capsys):
     assert text in printed and "late" not in text
     heading = cells(text, "row")
     row = dict(zip(heading, cells(text, "a"), strict=True))
-    assert row["seeds"] == "2" and row["exact %"] == "80.000 ± 10.000" and row["Obs MSE"] == "2.0e-03 ± 0.0e+00"
-    assert row["20 steps exact %"] == "40.000 ± 5.000" and row["Hits@1 %"] == "–" and row["limit %"] == "100.000"
+    assert row["seeds"] == "2" and row["exact %"] == "80.000 ± 14.142" and row["Obs MSE"] == "2.0e-03 ± 0.0e+00"
+    assert row["20 steps exact %"] == "40.000 ± 7.071" and row["Hits@1 %"] == "–" and row["limit %"] == "100.000"
     assert dict(zip(heading, cells(text, "b"), strict=True))["exact %"] == "50.000"
     # Both seeds' hunts together: (0.9 x 10 + 0.7 x 30) / 40.
     assert cells((results / "events.md").read_text(), "a") == ["a", "75.00 % of 40"]
@@ -931,7 +931,7 @@ def test_the_study_becomes_a_table(study, capsys):
     assert "Dataset medium. Mean returns: behaviour 13.00, random -2.00." in text
     heading = cells(text, "encoder trained by")
     row = dict(zip(heading, cells(text, "both", "4,000"), strict=True))
-    assert row["seeds"] == "2" and row["return"] == "23.00 ± 3.00" and row["Q error (MSE)"] == "2.30 ± 0.30"
+    assert row["seeds"] == "2" and row["return"] == "23.00 ± 4.24" and row["Q error (MSE)"] == "2.30 ± 0.42"
     assert row["probe R²"] == "–"
     assert cells(text, "critic", "2,000")[2:5] == ["1", "1.00", "0.10"]
     assert_picture(results / "DotHazard-v0.png")
@@ -944,8 +944,8 @@ def test_results_of_the_study_grow(study):
     run_of_the_study(study / "more", "both", 1, [10.0, 30.0])  # made again: it replaces the row
     plas_study.main(plas_study.Args(study / "more", results, steps=(4_000,)))
     text = (results / "DotHazard-v0.md").read_text()
-    assert cells(text, "critic", "4,000")[2:4] == ["2", "4.00 ± 2.00"]
-    assert cells(text, "both", "4,000")[3] == "28.00 ± 2.00"
+    assert cells(text, "critic", "4,000")[2:4] == ["2", "4.00 ± 2.83"]
+    assert cells(text, "both", "4,000")[3] == "28.00 ± 2.83"
     # By seed 2 - 30 and 6 - 26: mean -24 with a standard error of 4; Student's t of one degree of freedom is 12.71.
     assert cells(text, "difference")[1] == "return, 4,000"
     assert cells(text, "critic minus both")[1] == "-24.0 [-74.8, 26.8]" and "minus vae" not in text

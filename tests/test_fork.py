@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "fork.md").read_text()
@@ -30,6 +31,14 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
+def critic_losses(folder: Path) -> list[float]:
+    """What a run has logged of the critics' loss."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    losses = [event.value for event in events.Scalars("losses/critic")]
+    assert len(losses) == 2
+    return losses
+
+
 def test_the_page_from_an_environment_to_a_changed_loss(tmp_path):
     """The environment trains, the change applies, and what it changes is the learning."""
     for name in ("hyar_td3.py", "sac_ae_pixels.py", "plas_pixels.py", "envs", "benchmark"):
@@ -38,10 +47,11 @@ def test_the_page_from_an_environment_to_a_changed_loss(tmp_path):
     shutil.copy(ROOT / "hyar_td3.py", tmp_path)
     (environment,) = blocks("python")
     (diff,) = blocks("diff")
-    assert len(environment.splitlines()) + len(diff.splitlines()) <= 40
+    lines = len(environment.splitlines()) + len(diff.splitlines())
+    assert lines <= 40 and f"in {lines} lines of code" in PAGE
     (tmp_path / "my_package.py").write_text(environment)
     commands = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
-    train, copy, train_fork, tensorboard, play = commands
+    train, copy, train_fork, compare, tensorboard, play = commands
     assert tensorboard == "tensorboard --logdir runs"  # waits for a browser
     run(train, tmp_path)
     run(copy, tmp_path)
@@ -50,11 +60,9 @@ def test_the_page_from_an_environment_to_a_changed_loss(tmp_path):
     assert source.count(old) == 1
     (tmp_path / "huber.py").write_text(source.replace(old, new))
     run(train_fork, tmp_path)
-    returns = []
-    for name in ("line", "line-huber"):
-        with open(tmp_path / "runs" / name / "eval.csv", newline="") as file:
-            returns.append([float(row["episodic_return"]) for row in csv.DictReader(file)])
-        assert len(returns[-1]) == 2
-    assert returns[0] != returns[1]
+    header, *rows = run(compare, tmp_path).splitlines()
+    assert header == rows[2] == "step,episodic_return,success_rate"
+    assert [row.split(",")[0] for row in rows] == ["300", "600", "step", "300", "600"]
+    assert critic_losses(tmp_path / "runs" / "line") != critic_losses(tmp_path / "runs" / "line-huber")
     assert (tmp_path / "runs" / "line-huber" / "huber.py").exists()
-    assert "fresh episodes of my_package:Line-v0, the actor" in run(play.replace("1000", "3"), tmp_path)
+    assert "3 fresh episodes of my_package:Line-v0, the actor" in run(play.replace("1000", "3"), tmp_path)

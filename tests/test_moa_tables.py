@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import math
 import shutil
 import sys
@@ -205,6 +207,85 @@ def test_what_is_changed_is_that_and_nothing_else():
     twice = -torch.log_softmax(torch.softmax(logits, 1), 1)[torch.arange(5), action].mean()
     assert torch.allclose(model.policy_loss(logits, action), twice)
     assert not torch.allclose(twice, F.cross_entropy(logits, action))
+
+
+# --- players that the model has never met ---
+def test_runs_meet_players_of_a_third_script(runs, tmp_path, capsys):
+    names = [f"pretrain_vae_moa-{name}" for name in ("moa-z__4p5b4x4__1", "moa-z__4p5b4x4__2", "both-z__4p5b4x4__1")]
+    shutil.copytree(runs / names[2], tmp_path / "own")
+    paths = (runs / names[0], runs / names[1], tmp_path / "own")
+    tables.unseen(tables.Unseen(paths, games=8, seed=9, results=tmp_path / "results"))
+    found = read(tmp_path / "results" / "unseen.csv")
+    kinds = {(row["variant"], row["seed"]) for row in found}
+    assert kinds == {("moa-z", "1"), ("moa-z", "2"), ("own", "1"), (tables.TWO, ""), (tables.THREE, "")}
+    for kind in kinds:
+        own = [row for row in found if (row["variant"], row["seed"]) == kind]
+        rows = {(row["unseen"], row["ego"]): int(row["rows"]) for row in own}
+        for share in ("0.0", "0.25", "0.5", "0.75", "1.0"):
+            parts = [rows.get((share, ego), 0) for ego in ("known", "unseen")]
+            assert rows[share, "all"] == sum(parts) and [part > 0 for part in parts] == [share != "1.0", share != "0.0"]
+    regrets = {
+        name: [float(row["regret"]) for row in found if row["variant"] == name] for name in (tables.THREE, "own")
+    }
+    assert set(regrets[tables.THREE]) == {0.0} and min(regrets["own"]) > 0.0 and max(regrets["own"]) < math.inf
+
+    agent = pretrain_vae_moa.load_model(paths[1] / "best_model.pt")
+    meta = json.loads(json.dumps(Records(*pretrain_vae_moa.open_dataset(agent.args), "1", CPU).meta))
+    data = tables.unseen_games(meta, 3, 8, 9)
+    assert ((data.arrays["roster"] == 2).sum(1) == 3).all() and set(data.arrays["roster"].ravel()) == {0, 1, 2}
+    records = Records(data.arrays, data.meta, "1", CPU)
+    assert set(records.split) == {2} and records.sizes == agent.sizes
+    rows = np.flatnonzero(data.arrays["strategy"] == 2)
+    true = data.arrays["policy_probs"][rows, 2]
+    guess = predict_actions(agent, records, rows)["q"].argmax(1)
+    key = ("moa-z", "2", "0.75", "unseen")
+    (row,) = [row for row in found if (row["variant"], row["seed"], row["unseen"], row["ego"]) == key]
+    assert float(row["expected_top1"]) == pytest.approx(true[np.arange(len(rows)), guess].mean(), abs=1e-5)
+    text = (tmp_path / "results" / "unseen.md").read_text()
+    assert text in capsys.readouterr().out and text == tables.unseen_table(found)
+    assert "| expected top-1, NA | moa-z |  | " in text
+    pixels = np.asarray(Image.open(tmp_path / "results" / "unseen.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_games_of_each_share_begin_alike_and_the_others_are_as_in_training():
+    meta = stag_hunt.collect(50, seed=1).meta
+    few, many = (tables.unseen_games(meta, count, 400, 9).arrays for count in (1, 4))
+    assert (few["episode_seed"] == many["episode_seed"]).all() and (many["roster"] == 2).all()
+    for data in (few, many):
+        assert (np.unique(data["episode"]) == np.arange(400)).all()
+    first = [data["obs"][(data["t"] == 0) & (data["agent"] == 0)] for data in (few, many)]
+    assert (first[0] == first[1]).all()
+    counts = np.bincount((few["roster"] == 0).sum(1), minlength=4) / 400
+    assert counts == pytest.approx(np.full(4, 0.25), abs=0.08)
+    assert (few["roster"] == 2).mean(0) == pytest.approx(np.full(4, 0.25), abs=0.08)
+
+
+def test_which_runs_can_meet_strangers(runs, tmp_path, capsys):
+    run = runs / "pretrain_vae_moa-moa-z__4p5b4x4__1"
+    path = tmp_path / "three.npz"
+    stag_hunt.save_records(path, stag_hunt.collect(600, stag_hunt.Config(size=4), strategies=tables.SCRIPTS))
+    three = train(tmp_path, dataset=str(path), objective="moa", run_name="three")
+    headless = train(tmp_path, objective="reconstruction", run_name="headless")
+    larger = train(tmp_path, env_id="4p5b8x8", objective="moa", run_name="larger")
+    for args, part in (
+        (tables.Unseen(()), "at least one run folder"), (tables.Unseen((run,), games=0), "one game expected"),
+        (tables.Unseen((runs / "pretrain_vae_moa-late__4p5b4x4__1",)), "is not finished"),
+        (tables.Unseen((three,)), "of NS and NH expected, but these are of NS, NH, NA"),
+        (tables.Unseen((run,), seed=1), "trained on games of this seed"),
+        (tables.Unseen((headless,)), "no policy head"),
+        (tables.Unseen((run, larger)), "has another game than"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            tables.unseen(dataclasses.replace(args, results=tmp_path / "results"))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith("error: ") and part in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_table_of_unseen_players_has_the_committed_figures():
+    text = tables.unseen_table(read(tables.RESULTS / "unseen.csv"))
+    assert text == (tables.RESULTS / "unseen.md").read_text()
 
 
 # --- scores beside what can be known ---

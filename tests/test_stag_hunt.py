@@ -35,6 +35,7 @@ from envs.stag_hunt import (  # noqa: E402
     VectorStagHunt,
     collect,
     commonest_shares,
+    history_bayes,
     history_posterior,
     replay,
     rosters,
@@ -313,28 +314,32 @@ def test_scripted_policies_walk_shortest_ways_to_the_nearest_prey(name):
     games = VectorStagHunt(config, np.arange(15))
     for _ in range(6):
         legal = games.legal()
-        probabilities = games.policy_probabilities(("NS", "NH", "random"), legal)
+        probabilities = games.policy_probabilities(("NS", "NH", "NA", "random"), legal)
         assert probabilities.sum(3) == pytest.approx(1.0, abs=1e-6)
         assert (probabilities[~np.broadcast_to(legal[:, :, None], probabilities.shape)] == 0).all()
         for b, i in itertools.product(range(15), range(4)):
             if not games.alive[b, i]:
                 continue
             board, here = ~games.blocked[b, :-1], int(games.players[b, i])
-            for k, (prey, hunt) in enumerate(((games.stags[b], HUNT_STAG), (games.hares[b], HUNT_HARE))):
-                ways = sorted((shortest(board, here, int(p)), int(p)) for p in prey if p < GONE)
+            stags, hares = (
+                [(shortest(board, here, int(p)), int(p), hunt) for p in prey[b] if p < GONE]
+                for prey, hunt in ((games.stags, HUNT_STAG), (games.hares, HUNT_HARE))
+            )
+            for k, ways in enumerate((sorted(stags), sorted(hares), sorted(stags + hares))):
                 wanted = np.zeros(NUM_ACTIONS)
                 if not ways:
                     wanted[STAY] = 1
                 elif ways[0][0] == 0:
+                    hunt = ways[0][2]
                     wanted[hunt if legal[b, i, hunt] else STAY] = 1
                 else:
-                    length, goal = ways[0]
+                    length, goal, _ = ways[0]
                     for a, step in enumerate((-8, 8, -1, 1)):
                         if legal[b, i, a] and shortest(board, here + step, goal) < length:
                             wanted[a] = 1
                     wanted /= wanted.sum()
                 assert probabilities[b, i, k] == pytest.approx(wanted, abs=1e-6)
-            assert probabilities[b, i, 2] == pytest.approx(legal[b, i] / legal[b, i].sum(), abs=1e-6)
+            assert probabilities[b, i, 3] == pytest.approx(legal[b, i] / legal[b, i].sum(), abs=1e-6)
         games.step(games.sample(probabilities[:, :, 0]))
 
 
@@ -356,6 +361,33 @@ def test_sampled_actions_have_the_stated_probabilities():
     shares = np.bincount(actions.ravel(), minlength=7) / actions.size
     assert shares == pytest.approx(probabilities[0, 0], abs=0.006)
     assert shares[[1, 3, 6]].tolist() == [0, 0, 0]
+
+
+def test_the_nearest_prey_of_either_kind_may_be_a_stag_or_a_hare():
+    games = VectorStagHunt(Config(), np.arange(4))
+    games.players = np.array([[0, 9, 9, GONE], [0, 9, 63, 56], [0, 9, 63, 56], [0, 9, 63, 56]])
+    games.stags = np.array([[9], [9], [GONE], [16]])
+    games.hares = np.array([[2, 40, 41, 42], [24, 40, 41, 42], [24, GONE, GONE, GONE], [2, 40, 41, 42]])
+    legal = games.legal()
+    first, second = games.policy_probabilities(("NA",), legal)[:, :2, 0].transpose(1, 0, 2).argmax(2)
+    assert first.tolist() == [RIGHT, DOWN, DOWN, RIGHT]  # 2 before 9, 9 before 24, no stag left, 2 before 16
+    assert second[0] == HUNT_STAG and second[1] == STAY and not legal[1, 1, HUNT_STAG]  # alone on it: waits, as NS
+
+
+def test_actions_of_a_record_have_its_probabilities_and_do_not_depend_on_the_games_beside():
+    data = collect(20_000, strategies=("NS", "NH", "NA"), seed=6)
+    arrays = data.arrays
+    for k in range(3):
+        rows = np.flatnonzero(arrays["strategy"] == k)
+        chances = arrays["policy_probs"][rows, k].astype(float)
+        counts = np.bincount(arrays["action"][rows], minlength=NUM_ACTIONS)
+        assert (np.abs(counts - chances.sum(0)) <= 4 * np.sqrt((chances * (1 - chances)).sum(0)) + 1e-6).all()
+        assert chances.sum(1) == pytest.approx(1.0) and (chances[~arrays["action_mask"][rows]] == 0).all()
+        assert len(rows) > 4_000 and (counts[[HUNT_STAG, HUNT_HARE]] > 0).tolist() == [k != 1, k != 0]
+    alone = collect(600, strategies=("NS", "NH", "NA"), seed=6, games=1).arrays
+    rows = np.flatnonzero(arrays["episode"] < alone["episode"].max())
+    for name in ("obs", "action", "policy_probs", "strategy"):
+        assert (alone[name][: len(rows)] == arrays[name][rows]).all()
 
 
 @pytest.mark.parametrize("strategies", [2, 3])
@@ -486,6 +518,31 @@ def test_posterior_is_calibrated_and_no_ceiling_is_broken():
     nll = -np.log(mixed[every, arrays["action"]]).mean()
     assert nll == pytest.approx(0.26, abs=0.02)
     assert (arrays["action"] == STAY).mean() == pytest.approx(0.343, abs=0.01)
+
+
+def test_an_observer_who_knows_the_third_script_is_better_where_it_plays_and_ends_up_no_worse_elsewhere():
+    data = collect(40_000, strategies=("NS", "NH", "NA"), seed=5)
+    arrays, every = data.arrays, np.arange(40_000)
+    true = arrays["policy_probs"][every, arrays["strategy"]].astype(float)
+    two, three = (history_bayes(data, known, slip=0.01) for known in (("NS", "NH"), ("NH", "NA", "NS")))
+    meets = (arrays["roster"] == 2).any(1)[arrays["episode"]]
+    hit = [true[every, q.argmax(1)] for q in (two, three)]
+    nll = [-(true * np.log(np.where(true > 0, q, 1.0))).sum(1) for q in (two, three)]
+    assert hit[1][meets].mean() > hit[0][meets].mean() + 0.005 and nll[1][meets].mean() < nll[0][meets].mean() - 0.02
+    assert hit[1][~meets].mean() < hit[0][~meets].mean()  # without NA, whoever does not think of it is right
+    gap = np.abs(two - three).sum(1)
+    early, late = (gap[~meets & part].mean() for part in (arrays["t"] < 4, arrays["t"] > 14))
+    assert late < 0.1 * early
+    assert history_bayes(data) == pytest.approx(history_bayes(data, ("NS", "NH", "NA")), abs=1e-12)
+
+
+def test_slips_are_those_of_the_scripts(data):
+    """Who expects slips predicts as one who is told the probabilities of players that slip."""
+    legal = data.arrays["action_mask"]
+    slipping = 0.9 * data.arrays["policy_probs"] + 0.1 * (legal / legal.sum(1, keepdims=True))[:, None]
+    told = Record({**data.arrays, "policy_probs": slipping}, data.meta)
+    assert history_bayes(data, slip=0.1) == pytest.approx(history_bayes(told), abs=1e-6)
+    assert np.abs(history_bayes(data, slip=0.1) - history_bayes(data)).max() > 0.05
 
 
 def test_part_of_the_episodes_has_the_same_posterior(data):
