@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import pretrain_vae_moa as moa  # noqa: E402
-from benchmark.plot import markdown, usage_error  # noqa: E402
+from benchmark.plot import markdown, read_rows, spread, usage_error  # noqa: E402
 from envs import stag_hunt  # noqa: E402
 from pretrain_vae_moa import MOA, Arrays, Records, confusion, predict_actions, recalls, score_subsets  # noqa: E402
 from pretrain_vae_moa import subsets as split_by_strategy  # noqa: E402
@@ -127,12 +127,6 @@ class Unseen:
     """the folder to write to"""
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write dicts with the same keys as a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,17 +139,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def number(value: str | float) -> float:
     """A score, rounded as it is written."""
     return round(float(value), 5)
-
-
-def spread(values: Iterable[float]) -> str:
-    """`mean ± sample standard deviation`, without the second part for a single value or for none at all."""
-    values = np.array(list(values))
-    if np.isnan(values).all():
-        return "–"
-    if np.isinf(values).any():
-        return "infinite"
-    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():.3f}" + (f" ± {deviation:.3f}" if deviation >= 5e-4 else "")
 
 
 # Report of a run -----------------------------------------------------------------------------------------------------

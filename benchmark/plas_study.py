@@ -59,8 +59,7 @@ def read_runs(folder: Path) -> dict[str, list[Row]]:
     for path in sorted(folder.glob("plas_pixels-*__*/eval.csv")):
         arguments = json.loads(path.with_name("args.json").read_text())["arguments"]
         signal, _, dataset = path.parent.name.removeprefix("plas_pixels-").partition("__")[0].partition("-")
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = plot.read_rows(path)
         if rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
             key = {"dataset": dataset, "signal": signal, "seed": str(arguments["seed"])}
             found.setdefault(arguments["env_id"].replace("/", "-"), []).extend({**key, **row} for row in rows)
@@ -72,8 +71,7 @@ def merge(path: Path, rows: list[Row]) -> list[Row]:
     names = [*KEY, *COLUMNS, *LEVELS]
     merged = {}
     if path.exists():
-        with open(path, newline="") as file:
-            merged = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+        merged = {tuple(row[name] for name in KEY): row for row in plot.read_rows(path)}
     for row in rows:
         kept = {name: row[name] if name in KEY else f"{float(row.get(name) or 'nan'):.6g}" for name in names}
         merged[tuple(row[name] for name in KEY)] = kept

@@ -109,11 +109,16 @@ def usage_error(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read_columns(path: Path, names: Iterable[str]) -> np.ndarray:
     """The named columns of a CSV file as an array (rows, columns); columns that it lacks are nan."""
     names = tuple(names)
-    with open(path, newline="") as file:
-        rows = [[float(row.get(name) or "nan") for name in names] for row in csv.DictReader(file)]
+    rows = [[float(row.get(name) or "nan") for name in names] for row in read_rows(path)]
     return np.array(rows).reshape(len(rows), len(names)).round(6)
 
 
@@ -256,6 +261,14 @@ def mean_and_std(values: Iterable[float], decimals: int = 3) -> str:
     values = np.array(list(values))
     mean = f"{values.mean():.{decimals}f}"
     return f"{mean} ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else mean
+
+
+def spread(values: Iterable[float]) -> str:
+    """`mean_and_std` with three decimals; without a deviation that rounds to nothing; a dash if all are nan."""
+    values = list(values)
+    if np.isnan(values).all():
+        return "–"
+    return "infinite" if np.isinf(values).any() else mean_and_std(values).removesuffix(" ± 0.000")
 
 
 def each_seed(scores: dict[int, float], decimals: int = 3) -> str:

@@ -8,8 +8,7 @@ them is replaced. Figures come from the CSV and JSON files in benchmark/results/
 the exit status is 1 if a table is not up to date.
 """
 
-import csv
-import json
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -20,8 +19,8 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import plas_study, plot
-from benchmark.plot import each_seed, markdown, mean_and_std, usage_error
+from benchmark import plas_study, plot, world_model_table
+from benchmark.plot import each_seed, markdown, mean_and_std, spread, usage_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -38,21 +37,26 @@ class Args:
     """the folder with README.md and docs/"""
 
 
+# Many cells come from one file, which is read once.
+read_rows = functools.cache(plot.read_rows)
+read_results = functools.cache(plot.read_results)
+read_tests = functools.cache(world_model_table.read_results)
+
+
 def rows_of(*parts: str) -> list[dict[str, str]]:
     """The rows of a CSV file in benchmark/results/."""
-    with open(RESULTS.joinpath(*parts), newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS.joinpath(*parts))
 
 
 # HyAR-TD3 ------------------------------------------------------------------------------------------------------------
 def hyar_results() -> str:
     """Score of each task beside the papers'."""
-    return plot.results_table("hyar_td3", plot.read_results(RESULTS / "hyar_td3"), {})
+    return plot.results_table("hyar_td3", read_results(RESULTS / "hyar_td3"), {})
 
 
 def hyar_variants(environment: str) -> str:
     """What changes to the default do on an environment."""
-    results = plot.read_results(RESULTS / "hyar_td3")
+    results = read_results(RESULTS / "hyar_td3")
     kept = {key: seeds for key, seeds in results.items() if key[0] == environment and key[1] != plot.AVERAGED}
     return plot.ablations_table("hyar_td3", kept)
 
@@ -88,7 +92,7 @@ SIX_TASKS = {  # task -> plot, SAC+AE run again, deviation of DrQ
 
 def last_returns(environment: str, variant: str = "") -> dict[int, float]:
     """The last evaluation's return of each seed."""
-    seeds = plot.read_results(RESULTS / "sac_ae_pixels").get((environment, variant), {})
+    seeds = read_results(RESULTS / "sac_ae_pixels").get((environment, variant), {})
     return {seed: float(rows[-1, 1]) for seed, rows in seeds.items()}
 
 
@@ -130,7 +134,7 @@ def sac_shifts(environment: str) -> str:
         "no-reconstruction": "`--no-reconstruction` (SAC:pixel)",
         "actions of 0": "actions of 0",
     }
-    results, fresh = plot.read_results(RESULTS / "sac_ae_pixels"), {}
+    results, fresh = read_results(RESULTS / "sac_ae_pixels"), {}
     for row in rows_of("sac_ae_pixels", "fresh", "model.csv"):
         if row["environment"] == environment:
             fresh[row["variant"]] = f"{row['return']} ± {row['std']} ({row['episodes']} episodes, {row['commit']})"
@@ -245,12 +249,6 @@ MODELS = {  # variant, or name of what is no model; rows of the data -> what the
 }
 
 
-def small(values: list[float], decimals: int = 3) -> str:
-    """Mean and deviation; a deviation that rounds to nothing is left out."""
-    text = mean_and_std(values, decimals)
-    return text.removesuffix(f" ± {0:.{decimals}f}")
-
-
 def moa_results() -> str:
     """Models between baselines and ceilings, on held-out games."""
     columns = ("expected_top1", "top3", "balanced_accuracy", "nll", "ece", "achieved")
@@ -259,7 +257,7 @@ def moa_results() -> str:
     for (key, rows), name in MODELS.items():
         found = [row for row in scores if key == (row["variant"] if row["name"] == "model" else row["name"])]
         by_seed = {row["seed"]: row for row in reversed(found) if int(row["rows"]) == rows}
-        cells = [small([float(row[column]) for row in by_seed.values()]) for column in columns]
+        cells = [spread([float(row[column]) for row in by_seed.values()]) for column in columns]
         trained = any(row["name"] == "model" for row in by_seed.values())
         lines.append([name, str(len(by_seed)) if trained else "", *cells])
     header = ["", "seeds", "expected top-1", "top-3", "balanced accuracy", "NLL", "ECE", "share of the achievable gain"]
@@ -272,7 +270,7 @@ def moa_probes() -> str:
     probes, lines = rows_of("pretrain_vae_moa", "probes.csv"), []
     for variant in ("reconstruction", "both-z", "moa-z", "moa-state", "moa-state+z", "moa-z-4frames", "moa-z-history"):
         found = [row for row in probes if row["variant"] == variant]
-        cells = [small([float(row[column]) for row in found]) for column in columns]
+        cells = [spread([float(row[column]) for row in found]) for column in columns]
         kl = np.mean([float(row["latent KL"]) for row in found])
         name = MODELS[variant, 107_010].replace(", probe of z, one frame", "")
         lines.append([name, str(len(found)), *cells, f"{kl:.1f}"])
@@ -291,10 +289,9 @@ def moa_questions() -> str:
         if any(row["loss"] == "inf" for row in held_out):
             lines.append([change, f"loss infinite at step {held_out[0]['steps']}", "", "", "", ""])
             continue
-        cells = [small([float(row["expected_top1"]) for row in part]) for part in parts.values()]
+        cells = [spread([float(row["expected_top1"]) for row in part]) for part in parts.values()]
         for column in ("balanced_accuracy", "nll", "ece"):
-            values = [float(row[column]) for row in held_out]
-            cells.append(small(values) if np.isfinite(values).all() else "infinite")
+            cells.append(spread([float(row[column]) for row in held_out]))
         lines.append([change, *cells])
     return markdown(["change", "held-out games", "training rows", "balanced accuracy", "NLL", "ECE"], lines)
 
@@ -307,7 +304,7 @@ def moa_unseen() -> str:
     for column, name in {"expected_top1": "expected top-1", "regret": "regret, nats", "ece": "ECE"}.items():
         for variant in variants:
             cells = [
-                small([float(row[column]) for row in rows if (row["variant"], row["unseen"]) == (variant, share)])
+                spread([float(row[column]) for row in rows if (row["variant"], row["unseen"]) == (variant, share)])
                 for share in shares
             ]
             lines.append([name, variant, *cells])
@@ -317,14 +314,13 @@ def moa_unseen() -> str:
 # World model ---------------------------------------------------------------------------------------------------------
 def tests_of(row: str) -> list[dict]:
     """The committed tests of a row of the study, one a seed."""
-    files = sorted((RESULTS / "world_model_test").glob(f"{row}__*.json"))
-    return [json.loads(file.read_text()) for file in files]
+    return read_tests(RESULTS / "world_model_test").get(row, [])
 
 
 def shares(tests: list[dict], part: str, name: str, decimals: int = 3) -> str:
     """Mean and deviation over seeds in %; a dash where the model has no such figure."""
-    values = [100 * test[part][name] for test in tests if test.get(part)]
-    return mean_and_std(values, decimals) if values else "–"
+    values = 100 * world_model_table.values(tests, part, name)
+    return "–" if np.isnan(values).all() else mean_and_std(values, decimals)
 
 
 def world_model_results() -> str:
@@ -348,12 +344,8 @@ def world_model_results() -> str:
 
 def world_model_events() -> str:
     """Exact rewards by event, all seeds' test frames together."""
-    tests, lines = tests_of("6-entity"), []
-    for name in sorted({name for test in tests for name in test["mode"]["events"]}):
-        found = [test["mode"]["events"][name] for test in tests if name in test["mode"]["events"]]
-        frames = sum(event["frames"] for event in found)
-        exact = sum(event["exact"] * event["frames"] for event in found)
-        lines.append([name, f"{100 * exact / frames:.2f} %", f"{frames:,}"])
+    pooled = world_model_table.pool(tests_of("6-entity"))
+    lines = [[name, share, f"{frames:,}"] for name, (share, frames) in pooled.items()]
     return markdown(["event", "rewards exact", "test frames"], lines)
 
 
@@ -407,7 +399,7 @@ def world_model_boards() -> str:
 # README --------------------------------------------------------------------------------------------------------------
 def scripts() -> str:
     """The five scripts, each with one figure beside its reference."""
-    goal = plot.read_results(RESULTS / "hyar_td3")["Goal-v0", ""]
+    goal = read_results(RESULTS / "hyar_td3")["Goal-v0", ""]
     scores = [plot.score("hyar_td3", rows, "success") for rows in goal.values()]
     shift = last_returns("cartpole-swingup", "shift-alone")
     rows = rows_of("plas_pixels", f"{DOT}.csv")

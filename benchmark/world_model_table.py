@@ -62,6 +62,14 @@ def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarra
     return np.array(found, float)
 
 
+def read_results(folder: Path) -> Runs:
+    """The tests in a folder of results, one a seed, by row."""
+    rows: Runs = {}
+    for path in sorted(folder.glob("*__*.json")):
+        rows.setdefault(path.stem.rpartition("__")[0], []).append(json.loads(path.read_text()))
+    return rows
+
+
 def table(rows: Runs) -> str:
     """Mean and sample standard deviation over seeds, in Markdown."""
     lines = []
@@ -76,17 +84,24 @@ def table(rows: Runs) -> str:
     return markdown(["row", "seeds", *COLUMNS], lines)
 
 
+def pool(runs: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
+    """For each event the share of exact rewards in %, over all seeds' test frames together, and how many these are."""
+    result = {}
+    for name in sorted({name for run in runs for name in run["mode"]["events"]}):
+        found = [run["mode"]["events"][name] for run in runs if name in run["mode"]["events"]]
+        frames = sum(event["frames"] for event in found)
+        exact = sum(event["exact"] * event["frames"] for event in found)
+        result[name] = f"{100 * exact / frames:.2f} %", frames
+    return result
+
+
 def events(rows: Runs) -> str:
-    """Share of exact rewards by event, over all seeds' test frames together, in Markdown."""
-    names = sorted({name for runs in rows.values() for run in runs for name in run["mode"]["events"]})
+    """`pool` of each row, in Markdown."""
+    pooled = {row: pool(runs) for row, runs in rows.items()}
+    names = sorted({name for found in pooled.values() for name in found})
     lines = []
-    for row, runs in rows.items():
-        cells = []
-        for name in names:
-            found = [run["mode"]["events"][name] for run in runs if name in run["mode"]["events"]]
-            frames = sum(event["frames"] for event in found)
-            exact = sum(event["exact"] * event["frames"] for event in found)
-            cells.append(f"{100 * exact / frames:.2f} % of {frames:,}" if frames else "–")
+    for row, found in pooled.items():
+        cells = ["{} of {:,}".format(*found[name]) if name in found else "–" for name in names]
         lines.append([row, *cells])
     return markdown(["row", *names], lines)
 
@@ -154,9 +169,7 @@ def main(args: Args) -> None:
     for path in found:
         name = path.parent.name.removeprefix("world_model_test-")
         (args.results / f"{name}.json").write_text(path.read_text())
-    rows: Runs = {}
-    for path in sorted(args.results.glob("*__*.json")):
-        rows.setdefault(path.stem.rpartition("__")[0], []).append(json.loads(path.read_text()))
+    rows = read_results(args.results)
     for name, text in (("table", table(rows)), ("events", events(rows))):
         (args.results / f"{name}.md").write_text(text)
         print(text)
