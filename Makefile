@@ -41,4 +41,6 @@ sync: .venv/installed  ## copy texts that are the same in several scripts from t
 	.venv/bin/python tests/texts.py sync
 
 speed: .venv/installed  ## environment steps and updates a second, beside a plain version and the roofline
-	for script in hyar_td3 sac_ae_pixels plas_pixels pretrain_vae_moa world_model_test; do .venv/bin/python benchmark/speed.py $$script || exit 1; done
+	for script in hyar_td3 sac_ae_pixels plas_pixels pretrain_vae_moa world_model_test; do \
+	.venv/bin/python benchmark/speed.py $$script --json benchmark/results/speed/$$script.json || exit 1; done
+	.venv/bin/python benchmark/tables.py

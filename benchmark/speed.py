@@ -2,6 +2,7 @@
 
     python benchmark/speed.py hyar_td3
     python benchmark/speed.py sac_ae_pixels --rounds 10 --json speed.json
+    make speed    # all scripts, into benchmark/results/speed/ and the tables of the pages
 
 All in one process with one thread, in CPU-seconds, so that other work on the machine disturbs little. What is compared
 is measured in turns, several rounds; the medians count. Absolute figures depend on the machine, ratios hardly do.
@@ -9,6 +10,10 @@ is measured in turns, several rounds; the medians count. Absolute figures depend
 
 import copy
 import json
+import os
+import platform
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +42,7 @@ import sac_ae_pixels
 import world_model_test
 from envs import stag_hunt
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
@@ -75,6 +81,8 @@ class Args:
     """world_model_test: updates of one measurement"""
     keep_freed_memory: bool = True
     """sac_ae_pixels, plas_pixels: if toggled, all versions are measured with the scripts' setting of glibc's memory"""
+    memory: bool = True
+    """if toggled off, --json leaves out the peak memory of a short run"""
     json: Path | None = None
     """a file to write the figures to"""
 
@@ -678,8 +686,10 @@ def measure_plas_pixels(args: Args) -> dict[str, Any]:
     for name, env_id, size in (("28 x 28", "DotHazard-v0", 28), ("64 x 64", "Pendulum-v1", 64)):
         own = plas_pixels.Args(env_id=env_id, image_size=size)
         plas_pixels.check(own)
-        env = plas_pixels.make_env(own)
-        dataset = plas_pixels.Dataset(plas_pixels.collect(env, 600, seed=0), own.frame_stack)
+        env, start = plas_pixels.make_env(own), time.process_time()
+        transitions = plas_pixels.collect(env, 600, seed=0)
+        steps_per_second = 600 / (time.process_time() - start)
+        dataset = plas_pixels.Dataset(transitions, own.frame_stack)
         fast, bf16 = (plas_pixels.PLAS(replace(own, bf16=half), env, CPU) for half in (False, True))
         plain, batch_size = PlainPLAS(fast, env, dataset), own.batch_size
 
@@ -704,7 +714,7 @@ def measure_plas_pixels(args: Args) -> dict[str, Any]:
             update(fast)
         operations = counter.get_total_flops()
         print(f"updates, pictures of {name}, batch {batch_size}, {operations / 1e9:.2f} GFLOP each, sampling included")
-        figures[name] = {"operations": operations}
+        figures[name] = {"operations": operations, "steps_per_second": steps_per_second}
         for kind in ("plain", "fast", "bf16"):
             took = seconds[kind] / count
             rate = 10 * 2.0 * 1024**3 / seconds["product_bf16" if kind == "bf16" else "product"]
@@ -745,6 +755,7 @@ def measure_world_model_test(args: Args) -> dict[str, Any]:
     for name in ("plain", "fast"):
         took = seconds[name] / args.world_updates
         figures[name] = {"transitions_per_second": own.batch_size / took, "roofline_share": operations / took / rate}
+        figures[name]["updates_per_second"] = 1.0 / took
         print(
             f"  {name:5} {1e3 * took:6.1f} ms an update, {own.batch_size / took:,.0f} transitions/s, "
             f"{operations / took / rate:.0%} of the roofline"
@@ -847,6 +858,7 @@ def measure_pretrain_vae_moa(args: Args) -> dict[str, Any]:
         product_rate = 2.0 * 512**3 * cycles / seconds["product"]
         found = {
             "rows_per_second": rows * cycles / (seconds["batch"] + seconds["update"]),
+            "updates_per_second": cycles / (seconds["batch"] + seconds["update"]),
             "batch_share": seconds["batch"] / (seconds["batch"] + seconds["update"]),
             "roofline_share": flops.get_total_flops() * cycles / seconds["update"] / product_rate,
             "operations_per_row": flops.get_total_flops() / rows, "product_operations_per_second": product_rate,
@@ -878,6 +890,77 @@ MEASUREMENTS: dict[str, Callable[[Args], dict[str, Any]]] = {
 }
 
 
+# One table for all scripts ------------------------------------------------------------------------------------------
+SHORT_RUNS = {  # a run of seconds, whose peak memory is measured: the networks and batches are the default run's
+    "hyar_td3": "--env Platform-v0 --random-episodes 500 --vae-pretrain-steps 500 --total-timesteps 1000",
+    "sac_ae_pixels": "--env cartpole-swingup --learning-starts 20 --total-timesteps 240 --eval-episodes 1",
+    "plas_pixels": "--env DotHazard-v0 --collect-steps 15000 --total-timesteps 100 --eval-episodes 2",
+    "pretrain_vae_moa": "--total-timesteps 50 --eval-episodes 10",
+    "world_model_test": "--total-timesteps 50 --test-rows 2000 --eval-episodes 10",
+}
+
+
+def summary(script: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a script's figures come to: a row an update, with a rate of environment steps where one was measured."""
+
+    def row(update: str, steps: float | None, updates: float, ratio: float | None, roofline: float) -> dict[str, Any]:
+        return {"update": update, "steps": steps, "updates": updates, "ratio": ratio, "roofline": roofline}
+
+    if script == "hyar_td3":
+        steps, updates = figures["environments"]["Platform-v0"]["steps_per_second"], figures["updates"]
+        fast = updates["fast"]
+        return [row("Platform, batch 128", steps, fast["updates_per_second"], updates["ratio"], fast["roofline_share"])]
+    if script == "sac_ae_pixels":
+        steps, lines = 1.0 / next(iter(figures["environments"].values()))["fast"], []
+        for kind, name in (("fast", "84 x 84, batch 128"), ("bf16", "the same with `--bf16`")):
+            found = figures["updates"][kind]
+            lines.append(row(name, steps, 1.0 / found["seconds"], found["ratio"], found["roofline_share"]))
+        return lines
+    if script == "plas_pixels":
+        lines = []
+        for size, pictures in figures.items():
+            for kind, name in (("fast", size), ("bf16", f"{size} with `--bf16`")):
+                found, steps = pictures[kind], pictures["steps_per_second"]
+                lines.append(row(name, steps, 1.0 / found["seconds"], found["ratio"], found["roofline_share"]))
+        return lines
+    if script == "pretrain_vae_moa":
+        lines, steps = [], figures["game"]["vector_steps_per_second"]
+        for name, found in figures.items():
+            if name != "game":
+                share, faster = found["batch_share"], found.get("batches_faster")
+                ratio = faster and faster * share + 1.0 - share
+                lines.append(row(name, steps, found["updates_per_second"], ratio, found["roofline_share"]))
+        return lines
+    fast, plain = figures["fast"], figures["plain"]
+    ratio = fast["updates_per_second"] / plain["updates_per_second"]
+    return [row("`--model entity`", None, fast["updates_per_second"], ratio, fast["roofline_share"])]
+
+
+def peak_memory(script: str) -> int:
+    """Bytes that a short run of the script holds at most, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--runs-dir", folder, *shlex.split(SHORT_RUNS[script])]
+        command += ["--data-dir", folder] if script == "pretrain_vae_moa" else []
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        errors = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status != 0:
+            raise RuntimeError(f"{shlex.join(command)} failed: {errors.strip()[-300:]}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def where_measured() -> dict[str, str]:
+    """The machine and the code that figures belong to."""
+    machine = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), machine)
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no git"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"machine": f"{machine}, {os.cpu_count()} cores", "commit": commit, **versions}
+
+
 def main(args: Args) -> None:
     """Measure one script."""
     if args.script not in MEASUREMENTS:
@@ -891,7 +974,12 @@ def main(args: Args) -> None:
         sac_ae_pixels.keep_freed_memory()
     figures = MEASUREMENTS[args.script](args)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+        own = {"script": args.script, **where_measured(), "rows": summary(args.script, figures)}
+        if args.memory:
+            own["peak_memory"] = peak_memory(args.script)
+            print(f"a short run takes {own['peak_memory'] / 2**20:,.0f} MiB at most")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(own | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

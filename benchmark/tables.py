@@ -9,6 +9,7 @@ the exit status is 1 if a table is not up to date.
 """
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -438,6 +439,27 @@ def scripts() -> str:
     return markdown(header, [[f"[`{name}.py`](docs/{name}.md)", *texts] for name, texts in lines.items()])
 
 
+# Speed ---------------------------------------------------------------------------------------------------------------
+def speed(scripts: tuple[str, ...]) -> str:
+    """Rates, ratios to the plain version, and memory, as `make speed` measured them."""
+    lines = []
+    for script in scripts:
+        found = json.loads((RESULTS / "speed" / f"{script}.json").read_text())
+        for i, row in enumerate(found["rows"]):
+            steps = f"{row['steps']:,.0f}" if row["steps"] and i == 0 else ""
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] else "–"
+            memory = f"{found['peak_memory'] / 2**20:,.0f} MiB" if i == 0 else ""
+            name = f"`{script}`" if i == 0 else ""
+            updates = f"{row['updates']:,.1f}" if row["updates"] < 100 else f"{row['updates']:,.0f}"
+            lines.append(
+                [name, row["update"], steps, updates, ratio, f"{row['roofline']:.0%}".replace("%", " %"), memory]
+            )
+            lines[-1].append(f"{found['commit']}; {found['machine']}" if i == 0 else "")
+    header = ["script", "update", "environment steps/s", "updates/s", "times plain", "share of the roofline"]
+    return markdown([*header, "memory of a short run", "commit; machine"], lines)
+
+
+SCRIPTS = ("hyar_td3", "sac_ae_pixels", "plas_pixels", "pretrain_vae_moa", "world_model_test")
 TABLES: dict[str, Callable[[], str]] = {
     "scripts": scripts,
     "hyar-results": hyar_results,
@@ -462,6 +484,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "world-model-events": world_model_events,
     "world-model-way": world_model_way,
     "world-model-boards": world_model_boards,
+    "speed": lambda: speed(SCRIPTS),
+    **{f"speed-{script}": functools.partial(speed, (script,)) for script in SCRIPTS},
 }
 
 
@@ -484,6 +508,7 @@ def main(args: Args) -> None:
     if not (args.root / "README.md").is_file():
         usage_error(f"--root {args.root}: no README.md there")
     pages = [args.root / "README.md", *sorted((args.root / "docs").rglob("*.md"))]
+    pages += [page for page in [args.root / "benchmark" / "results" / "speed.md"] if page.exists()]
     filled = {page: fill(page.read_text(), page.name) for page in pages}  # all, before one is written
     stale = [page for page in pages if page.read_text() != filled[page]]
     if not args.check:

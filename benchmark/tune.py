@@ -25,17 +25,29 @@ from optuna.storages.journal import JournalFileBackend
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def suggest(trial: optuna.Trial, name: str, space: str) -> str:
-    """Draw a value of one hyper-parameter, as the command line takes it. Raises ValueError for a space of no kind."""
+def distribution(word: str) -> tuple[str, optuna.distributions.BaseDistribution]:
+    """The option and the range of one `NAME=SPACE`. Raises ValueError for a space of no kind."""
+    name, _, space = word.partition("=")
     kind, *bounds = space.split(":")
-    if not bounds:
-        return trial.suggest_categorical(name, space.split(","))
-    low, high = bounds
-    if kind == "int":
-        return str(trial.suggest_int(name, int(low), int(high)))
-    if kind in ("float", "log"):
-        return repr(trial.suggest_float(name, float(low), float(high), log=kind == "log"))
-    raise ValueError(f"{name}={space}: expected log:, float: or int: and two bounds, or values with commas")
+    try:
+        if name and space and not bounds:
+            return name, optuna.distributions.CategoricalDistribution(space.split(","))
+        low, high = bounds
+        if kind == "int":
+            return name, optuna.distributions.IntDistribution(int(low), int(high))
+        if kind in ("float", "log"):
+            return name, optuna.distributions.FloatDistribution(float(low), float(high), log=kind == "log")
+        raise ValueError(f"there is no kind {kind}")
+    except ValueError as error:
+        raise ValueError(f"--search {word}: {error}; expected NAME=log:LOW:HIGH, float:, int: or A,B,C") from None
+
+
+def suggest(trial: optuna.Trial, name: str, space: optuna.distributions.BaseDistribution) -> str:
+    """Draw a value of one hyper-parameter, as the command line takes it."""
+    if isinstance(space, optuna.distributions.CategoricalDistribution):
+        return trial.suggest_categorical(name, space.choices)
+    draw = trial.suggest_int if isinstance(space, optuna.distributions.IntDistribution) else trial.suggest_float
+    return str(draw(name, space.low, space.high, log=space.log))
 
 
 def score(evaluations: Path, column: str, last: int) -> float:
@@ -65,7 +77,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     args.fixed = words[cut + 1 :]
     if not (ROOT / f"{args.script}.py").exists():
         parser.error(f"there is no {args.script}.py; try hyar_td3")
-    args.spaces = dict(space.partition("=")[::2] for space in args.search)
+    try:
+        args.spaces = dict(distribution(word) for word in args.search)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

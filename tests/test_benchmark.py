@@ -438,11 +438,16 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
     speed.main(
         speed.Args(
             "hyar_td3", rounds=1, environment_steps=50, update_cycles=1, random_episodes=30, vae_steps=2,
-            training_steps=140, learning_steps=40, json=tmp_path / "speed.json",
+            training_steps=140, learning_steps=40, memory=False, json=tmp_path / "speed.json",
         )
     )  # fmt: skip
     torch.use_deterministic_algorithms(False)
     figures = json.loads((tmp_path / "speed.json").read_text())
+    (row,) = figures["rows"]
+    assert row["steps"] == figures["environments"]["Platform-v0"]["steps_per_second"]
+    assert row["updates"] == figures["updates"]["fast"]["updates_per_second"]
+    assert (row["ratio"], figures["torch"]) == (figures["updates"]["ratio"], torch.__version__)
+    assert figures["commit"] and "cores" in figures["machine"]
     assert figures["environments"]["Platform-v0"]["ratio"] > 1.0
     assert figures["updates"]["fast"]["updates_per_second"] > 10.0
     assert 0.05 < figures["updates"]["fast"]["roofline_share"] < 1.0
@@ -456,9 +461,11 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
 
 
 def test_speed_of_the_pretrained_vae(tmp_path, capsys):
-    speed.main(speed.Args("pretrain_vae_moa", rounds=1, update_cycles=2, json=tmp_path / "speed.json"))
+    speed.main(speed.Args("pretrain_vae_moa", rounds=1, update_cycles=2, memory=False, json=tmp_path / "speed.json"))
     torch.use_deterministic_algorithms(False)
     figures = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["update"] for row in figures["rows"]] == ["moa, context 1", "both, context 1", "moa, context history"]
+    assert figures["rows"][0]["ratio"] > 1.0 and figures["rows"][1]["ratio"] is None
     assert figures["game"]["vector_steps_per_second"] > 10 * figures["game"]["parallel_env_steps_per_second"] > 1_000
     for name in ("moa, context 1", "both, context 1", "moa, context history"):
         found = figures[name]
@@ -468,6 +475,31 @@ def test_speed_of_the_pretrained_vae(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("of the roofline", "environment steps/s of the PettingZoo environment", "a DataLoader"):
         assert words in printed
+
+
+@pytest.mark.parametrize("script", ["world_model_test", "plas_pixels"])
+def test_speed_of_the_other_scripts(script, tmp_path, monkeypatch):
+    """Each row of the table has its rates, and the peak memory is that of a run in a process of its own."""
+    monkeypatch.setitem(speed.SHORT_RUNS, script, speed.SHORT_RUNS[script] + SHORTER[script])
+    speed.main(speed.Args(script, rounds=1, pixel_updates=10, world_updates=1, json=tmp_path / "speed.json"))
+    torch.use_deterministic_algorithms(False)
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert 100 * 2**20 < figures["peak_memory"] < 8 * 2**30
+    for row in figures["rows"]:
+        assert row["updates"] > 0.1 and row["ratio"] > 0.5 and 0.01 < row["roofline"] < 1.0
+    assert len(figures["rows"]) == {"world_model_test": 1, "plas_pixels": 4}[script]
+
+
+SHORTER = {
+    "world_model_test": " --rows 600 --test-rows 200 --total-timesteps 1",
+    "plas_pixels": " --collect-steps 300 --total-timesteps 1",
+}
+
+
+def test_a_short_run_that_fails_is_named(monkeypatch):
+    monkeypatch.setitem(speed.SHORT_RUNS, "hyar_td3", "--env Nothing-v0")
+    with pytest.raises(RuntimeError, match=r"--env Nothing-v0 failed: .*Nothing"):
+        speed.peak_memory("hyar_td3")
 
 
 def test_speed_of_an_unknown_script(capsys):

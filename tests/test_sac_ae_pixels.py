@@ -2127,10 +2127,13 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
     speed.main(
         speed.Args(
             "sac_ae_pixels", rounds=1, pixel_environments=("Pendulum-v1",), pixel_steps=2, pixel_batch_size=2,
-            image_size=16, json=tmp_path / "speed.json",
+            image_size=16, memory=False, json=tmp_path / "speed.json",
         )
     )  # fmt: skip
     figures = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["updates"] for row in figures["rows"]] == [
+        pytest.approx(1.0 / figures["updates"][kind]["seconds"]) for kind in ("fast", "bf16")
+    ]
     updates = figures["updates"]
     assert updates["fast"]["ratio"] == pytest.approx(updates["plain"]["seconds"] / updates["fast"]["seconds"])
     assert 0.0 < updates["plain"]["roofline_share"] < 1.0 and figures["environments"]["Pendulum-v1"]["fast"] > 0.0

@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import optuna
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +50,13 @@ def test_scores_are_means_of_the_last_evaluations(tmp_path):
         tune.score(tmp_path / "eval.csv", "x", 2)
 
 
-def test_a_space_of_no_kind_is_refused():
-    trial = optuna.trial.FixedTrial({"a": 1})
-    with pytest.raises(ValueError, match="expected log:, float: or int:"):
-        tune.suggest(trial, "a", "linear:0:1")
+@pytest.mark.parametrize(
+    "word", ["a=linear:0:1", "a=log:1", "a=log:0:1", "a=int:1:x", "a=float:2:1", "a", "=1,2", "a=", "a=log:1:2:3"]
+)
+def test_a_space_of_no_kind_is_refused(word, tmp_path, capsys):
+    """In one line, before the study's folder is made."""
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["hyar_td3", "--runs-dir", str(tmp_path / "runs"), "--search", word])
+    assert stopped.value.code == 2 and not (tmp_path / "runs").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: --search {word}: " in last and "expected NAME=log:LOW:HIGH, float:, int: or A,B,C" in last
