@@ -80,7 +80,7 @@ class Args:
     world_updates: int = 10
     """world_model_test: updates of one measurement"""
     keep_freed_memory: bool = True
-    """sac_ae_pixels, plas_pixels: if toggled, all versions are measured with the scripts' setting of glibc's memory"""
+    """if toggled, glibc keeps freed memory, as the pixel scripts set it and as it happens in a real run of the others"""
     memory: bool = True
     """if toggled off, --json leaves out the peak memory of a short run"""
     json: Path | None = None
@@ -955,8 +955,12 @@ def where_measured() -> dict[str, str]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         machine = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), machine)
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no git"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "*.py")  # results that were just written do not count
+    commit = (git("rev-parse", "--short=7", "HEAD") or "no git") + (" with changes" if changed else "")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"machine": f"{machine}, {os.cpu_count()} cores", "commit": commit, **versions}
 
@@ -970,7 +974,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)  # as the scripts do by default
-    if args.keep_freed_memory and args.script in ("sac_ae_pixels", "plas_pixels"):
+    if args.keep_freed_memory:
         sac_ae_pixels.keep_freed_memory()
     figures = MEASUREMENTS[args.script](args)
     if args.json:
