@@ -80,7 +80,7 @@ class Args:
     world_updates: int = 10
     """world_model_test: updates of one measurement"""
     keep_freed_memory: bool = True
-    """if toggled, glibc keeps freed memory, as the pixel scripts set it and as it happens in a real run of the others"""
+    """if toggled, glibc keeps freed memory: the pixel scripts set it so, and a real run of the others comes to it"""
     memory: bool = True
     """if toggled off, --json leaves out the peak memory of a short run"""
     json: Path | None = None
