@@ -123,7 +123,7 @@ def read_columns(path: Path, names: Iterable[str]) -> np.ndarray:
 
 
 def read_runs(script: str, folder: Path) -> Runs:
-    """Read all run folders of `script` in `folder`; other folders are passed over."""
+    """Read all run folders of `script` in `folder`; other folders are skipped."""
     runs = Runs({}, {}, {}, [], {})
     for about in sorted(folder.glob(f"{script}*__*/args.json")):
         name, run = about.parent.name, json.loads(about.read_text())
@@ -189,7 +189,7 @@ def bootstrap_interval(values: np.ndarray, samples: int = 2_000) -> tuple[np.nda
 
 
 def score(script: str, rows: np.ndarray, column: str) -> float:
-    """A seed's score: the mean of the last of its evaluations (T, 3), as many as count for this script."""
+    """A seed's score: the mean of its last evaluations (T, 3), as many as count for this script."""
     last = LAST_EVALUATIONS.get(script, DEFAULT_LAST_EVALUATIONS)
     return float(rows[-last:, 1 if column == "return" else 2].mean())
 
@@ -203,7 +203,8 @@ def published(script: str, environment: str) -> Published:
 def draw_curves(title: str, column: str, curves: dict[str, Seeds], paper: dict[str, float]) -> Figure:
     """Interquartile mean and 95 % interval of each of `curves` by its label, `paper`'s values as horizontal lines.
 
-    A single curve also shows its seeds, as thin lines; of several the legend names them. An interval needs two.
+    A single curve also shows its seeds, as thin lines; with several curves, the legend names the seeds. An interval
+    needs two seeds.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -261,6 +262,19 @@ def mean_and_std(values: Iterable[float], decimals: int = 3) -> str:
     values = np.array(list(values))
     mean = f"{values.mean():.{decimals}f}"
     return f"{mean} ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else mean
+
+
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_interval(values: Iterable[float], decimals: int = 3) -> str:
+    """The 95 % interval of the mean of 2 to 10 seeds by Student's t, or a dash."""
+    values = np.array(list(values))
+    if not 2 <= len(values) <= 10:
+        return "–"
+    half = STUDENT_T[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean() - half:.{decimals}f} to {values.mean() + half:.{decimals}f}"
 
 
 def spread(values: Iterable[float]) -> str:
@@ -322,7 +336,8 @@ def results_table(script: str, results: dict[Key, Seeds], episodes: dict[Key, se
 
 def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
     """The ablations in Markdown, each beside the unchanged script on the same seeds, at the ablation's last step."""
-    header = ["environment", "column", "change", "score", "unchanged, same seeds", "seeds", "steps", "each seed (seed)"]
+    header = ["environment", "column", "change", "score", "95 % interval", "unchanged, same seeds"]
+    header += ["paired difference", "95 % interval of it", "seeds", "steps", "each seed (seed)"]
     rows, decimals = [], PAPERS[script][3]
     for (environment, ablation), seeds in in_table_order(script, results):
         if not ablation:
@@ -330,10 +345,15 @@ def ablations_table(script: str, results: dict[Key, Seeds]) -> str:
         column = published(script, environment).column
         scores = {seed: score(script, curve, column) for seed, curve in seeds.items()}
         unchanged, end = results.get((environment, ""), {}), max(curve[-1, 0] for curve in seeds.values())
-        same = [score(script, curve[curve[:, 0] <= end], column) for seed, curve in unchanged.items() if seed in seeds]
+        same = {
+            seed: score(script, curve[curve[:, 0] <= end], column)
+            for seed, curve in unchanged.items() if seed in seeds
+        }  # fmt: skip
+        paired = [scores[seed] - value for seed, value in same.items()]
         rows.append([
             environment, column, ablation, mean_and_std(scores.values(), decimals),
-            mean_and_std(same, decimals) if same else "–", str(len(seeds)),
+            mean_interval(scores.values(), decimals), mean_and_std(same.values(), decimals) if same else "–",
+            f"{np.mean(paired):+.{decimals}f}" if same else "–", mean_interval(paired, decimals), str(len(seeds)),
             numbers({int(curve[-1, 0]) for curve in seeds.values()}), each_seed(scores, decimals),
         ])  # fmt: skip
     return markdown(header, rows)
@@ -353,7 +373,7 @@ def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
     script = args.script
     if script not in PAPERS:
-        usage_error(f"{script} has no results table here, one of {', '.join(PAPERS)} expected; see its page in docs/")
+        usage_error(f"{script} has no results table here, expected one of {', '.join(PAPERS)}; see its page in docs/")
     folder, found = args.results / script, read_runs(script, args.runs)
     earlier = read_results(folder)
     collected = {key: earlier.get(key, {}) | found.finished.get(key, {}) for key in {**earlier, **found.finished}}

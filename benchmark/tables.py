@@ -127,7 +127,7 @@ def sac_pendulum() -> str:
 
 
 def sac_shifts(environment: str) -> str:
-    """What the decoder and random shifts bring, one seed."""
+    """What the decoder and random shifts contribute, one seed."""
     names = {
         "shift-alone": "`--random-shift 4 --no-reconstruction`",
         "random-shift": "`--random-shift 4`",
@@ -209,7 +209,7 @@ def plas_cartpole() -> str:
 
 
 def plas_repair() -> str:
-    """What was expected of moving the encoder to the critics' optimizer, beside what was measured (means)."""
+    """What was expected of moving the encoder to the critics' optimizer, compared with what was measured (means)."""
     rows, steps = rows_of("plas_pixels", f"{DOT}.csv"), (2_000, 4_000, 10_000)
 
     def measured(signal: str, column: str, decimals: int) -> str:
@@ -231,7 +231,7 @@ def plas_repair() -> str:
 
 
 # MOA -----------------------------------------------------------------------------------------------------------------
-MODELS = {  # variant, or name of what is no model; rows of the data -> what the table calls it
+MODELS = {  # variant, or name of what is not a model; rows of the data -> label in the table
     ("majority", 107_010): "majority",
     ("prior + mask", 107_010): "prior + mask",
     ("reconstruction", 107_010): "`reconstruction`, probe of z, one frame",
@@ -439,7 +439,7 @@ def scripts() -> str:
     return markdown(header, [[f"[`{name}.py`](docs/{name}.md)", *texts] for name, texts in lines.items()])
 
 
-# Speed ---------------------------------------------------------------------------------------------------------------
+# Speed and survival --------------------------------------------------------------------------------------------------
 def speed(scripts: tuple[str, ...]) -> str:
     """Rates, ratios to the plain version, and memory, as `make speed` measured them."""
     lines = []
@@ -457,6 +457,11 @@ def speed(scripts: tuple[str, ...]) -> str:
             lines[-1].append(f"{found['commit']}; {found['machine']}" if i == 0 else "")
     header = ["script", "update", "environment steps/s", "updates/s", "times plain", "share of the roofline"]
     return markdown([*header, "memory of a short run", "commit; machine"], lines)
+
+
+def stress() -> str:
+    """What `make stress` found."""
+    return (RESULTS / "stress.md").read_text()
 
 
 SCRIPTS = ("hyar_td3", "sac_ae_pixels", "plas_pixels", "pretrain_vae_moa", "world_model_test")
@@ -484,6 +489,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "world-model-events": world_model_events,
     "world-model-way": world_model_way,
     "world-model-boards": world_model_boards,
+    "stress": stress,
     "speed": lambda: speed(SCRIPTS),
     **{
         f"speed-{script}": functools.partial(speed, (script,)) for script in SCRIPTS[:3]
@@ -501,7 +507,7 @@ def fill(text: str, name: str) -> str:
 
     complete = len(MARKED.findall(text))  # a start without an end would take the next table's end
     if not complete == text.count("<!-- table ") == text.count("<!-- end of table -->"):
-        usage_error(f"{name} has a mark of a table without its other mark, or misspelt")
+        usage_error(f"{name} has a table mark that is misspelt or lacks its other mark")
     return MARKED.sub(table, text)
 
 

@@ -415,18 +415,25 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=200, help="for each script")
     parser.add_argument("--jobs", type=int, default=2, help="scripts at a time")
     parser.add_argument("--seed", type=int, default=1, help="of moments, bytes and arguments")
+    parser.add_argument("--write", type=Path, default=None, help="a file for the table, beside stdout")
     args = parser.parse_args()
-    print(f"seed {args.seed}\n\n| script | what | tried | equal or refused | failed | |", "|---" * 6 + "|", sep="\n")
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
+    table = [f"Commit {commit.stdout.strip() or 'unknown'}, seed {args.seed}.", ""]
+    table += ["| script | what | tried | equal or refused | failed | |", "|---" * 6 + "|"]
     failures = []
+    print(*table, sep="\n", flush=True)
     # A process for each script, so that a fork has one script's imports.
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for script, rows in zip(
             args.script, pool.map(examine_script, args.script, itertools.repeat(args)), strict=True
         ):
             for what, tried, held, failed, note in rows:
-                print(f"| `{script}` | {what} | {tried} | {held} | {tried - held} | {note} |", flush=True)
+                table.append(f"| `{script}` | {what} | {tried} | {held} | {tried - held} | {note} |")
+                print(table[-1], flush=True)
                 failures += [f"{script}, {what}: {text}" for text in failed]
     print("", *failures, sep="\n")
+    if args.write:
+        args.write.write_text("\n".join(table) + "\n")
     sys.exit(bool(failures))
 
 

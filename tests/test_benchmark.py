@@ -181,6 +181,8 @@ def test_tables_by_hand(runs, tmp_path, capsys):
     averaged, no_kl = table_rows(folder / "ablations.md")
     assert (no_kl["change"], no_kl["score"], no_kl["seeds"]) == ("no-kl", "0.300 ± 0.283", "2")
     assert no_kl["unchanged, same seeds"] == "0.750 ± 0.212"
+    assert (no_kl["95 % interval"], no_kl["paired difference"]) == ("-2.241 to 2.841", "-0.450")  # t is 12.706
+    assert no_kl["95 % interval of it"] == "-1.085 to 0.185"
     assert no_kl["each seed (seed)"] == "0.500 (1), 0.100 (2)"
     assert averaged["change"] == "averaged-policy"
     assert (folder / "table.md").read_text() in printed
@@ -866,8 +868,8 @@ def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
     ("changes", "part"),
     [
         ({"action_dim": 3}, "has 3 actions, the environment 2"),
-        ({"frame_stack": 3}, "was made with --frame-stack 3, not as here"),
-        ({"image_size": 84}, "was made with --image-size 84, not as here"),
+        ({"frame_stack": 3}, "was made with --frame-stack 3, but this run differs"),
+        ({"image_size": 84}, "was made with --image-size 84, but this run differs"),
         ({"residual_action": True}, "was trained with --residual-action"),
     ],
 )
@@ -913,7 +915,7 @@ def test_the_agent_that_makes_data_learns():
         ({"steps": 50}, "--random-steps 60 of --steps 50"), ({"random_steps": 0}, "--random-steps 0"),
         ({"env": "CartPole-v1"}, "Box action space"), ({"env": "cartpol-swingup"}, "unknown environment"),
         ({"image_size": -1}, "--image-size -1"), ({"file": Path("x.npz")}, "td3 writes two files"),
-        ({"collect": "best"}, "td3, random, medium, expert or a model.pt expected"),
+        ({"collect": "best"}, "expected td3, random, medium, expert or a model.pt"),
         ({"env": "Pendulum-v1", "collect": "expert"}, "no expert_action"), ({"steps": 10**12}, "GiB of memory"),
     ],
 )  # fmt: skip
