@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the jobs of the results table and the ablations of sac_ae_pixels.py, one a line, the most wanted first.
+# Prints the jobs of the results table and the ablations of sac_ae_pixels.py, one per line, the most wanted first.
 # All of them:      bash benchmark/sac_ae_pixels.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Some of them:     bash benchmark/sac_ae_pixels.sh | grep Pendulum | OMP_NUM_THREADS=1 xargs ...
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/sac_ae_pixels.sh
@@ -51,6 +51,7 @@ shifted reacher-easy 1
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16
+pendulum -residual --residual-action
 ablation no-reconstruction cartpole-swingup 1 --no-reconstruction
 for environment in finger-spin walker-walk reacher-easy cheetah-run; do
     table $environment 1
