@@ -7,9 +7,9 @@
     python benchmark/evaluate.py runs/NAME --cloned
     python benchmark/evaluate.py benchmark/pretrained/Platform-v0 --video videos
 
-The third exits with status 1 if the mean return is below 0.9. The fourth tells what the starts of a SAC+AE run's own
-evaluation episodes are worth to a policy that does nothing; the fifth, what PLAS's VAE has copied of its data's
-behaviour, which its policy is to improve on. The last plays and films a trained model that comes with the project.
+The third exits with status 1 if the mean return is below 0.9. The fourth shows what a policy that does nothing gets in
+a SAC+AE run's own evaluation episodes; the fifth, what PLAS's VAE has cloned of the behaviour policy, on which the
+trained policy should improve. The last plays and records a trained model that comes with the project.
 """
 
 import json
@@ -37,15 +37,15 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """the run folder"""
     model: str = "best_model.pt"
-    """best_model.pt (of the best evaluation) or model.pt (of the end)"""
+    """best_model.pt (from the best evaluation) or model.pt (from the end of training)"""
     episodes: int = 100
     """how many episodes to play"""
     seed: int = 12345
-    """their seed; none of them is an episode of the run's training or evaluations"""
+    """their seed; none of them occurs in the run's training or evaluations"""
     own_episodes: bool = False
     """if toggled, play the first of the run's own evaluation episodes instead of fresh ones"""
     at_least: float | None = None
-    """exit with status 1 if the mean return is below"""
+    """exit with status 1 if the mean return is below this"""
     average: bool = True
     """if toggled, play the moving average of HyAR-TD3's policy, by which its best model is chosen"""
     still: bool = False
@@ -55,14 +55,14 @@ class Args:
     video: Path | None = None
     """a new folder, to which mp4 videos of the policy's first three episodes are written"""
     export: Path | None = None
-    """a new file, to which what HyAR-TD3 needs for playing is written: its averaged policy and its decoder"""
+    """a new file for what HyAR-TD3 needs to play: its averaged policy and its decoder"""
 
 
 Agent = hyar_td3.HyARTD3 | sac_ae_pixels.SACAE | plas_pixels.PLAS
 
 
 def load_agent(path: Path) -> Agent:
-    """Rebuild the agent of a model file, on the CPU, from the arguments that the file holds. Exits 2 if it cannot."""
+    """Rebuild the agent of a model file, on the CPU, from the arguments that the file holds. Exits 2 if that fails."""
     if not path.is_file():
         usage_error(f"there is no model {path}; a run writes it at its first evaluation (see --model)")
     try:
@@ -96,7 +96,7 @@ def load_agent(path: Path) -> Agent:
 
 
 def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.HybridEnv) -> hyar_td3.HyARTD3:
-    """The agent, with the observations' scale in `agent.scale`; models from before it was one module are read, too."""
+    """The agent, with the observations' scale in `agent.scale`; also reads models from before it was one module."""
     agent = hyar_td3.HyARTD3(args, env, torch.device("cpu"))
     if "agent" not in content:
         parts = {"average_actor": content["actor"], **content}  # the oldest have no average
@@ -105,7 +105,7 @@ def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.Hy
             for part in ("actor", "average_actor", "vae")
             for name, value in parts[part].items()
         }
-        table = content["vae"]["embedding_table"]  # where it began is not known
+        table = content["vae"]["embedding_table"]  # its initial value is not known
         content["agent"]["initial_embedding"] = table if args.discrete_embedding == "one-hot" else torch.tanh(table)
         content["width"] = content["scale"]
     plays = ("actor", "average_actor", "vae", "initial_embedding")
@@ -123,7 +123,7 @@ def export(path: Path, model: Path) -> None:
     parts = ("average_actor.", "initial_embedding", "mask", "vae.decoder", "vae.parameter_head", "vae.latent")
     parts += ("vae.embedding_table",)
     if "center" not in content or "agent" not in content:
-        usage_error(f"--export is for models that hyar_td3.py writes today; {model} is another")
+        usage_error(f"--export is for models that the current hyar_td3.py writes; {model} is not one")
     content["agent"] = {name: value for name, value in content["agent"].items() if name.startswith(parts)}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
@@ -143,7 +143,7 @@ def film(agent: Agent, folder: Path, seed: int) -> None:
 
 
 def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
-    """What `evaluate` of the agent's script says, and the name of the policy. Exits 2 without the environment."""
+    """What `evaluate` of the agent's script returns, and the policy's name. Exits 2 if there is no environment."""
     fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
     seed = agent.args.seed if args.own_episodes else fresh
     for flag, asked, script in (("still", args.still, sac_ae_pixels.SACAE), ("cloned", args.cloned, plas_pixels.PLAS)):
@@ -175,16 +175,16 @@ def main(args: Args) -> None:
     """Play and print; exits 1 if the mean return is not as high as asked for."""
     for name, value, least in (("episodes", args.episodes, 1), ("seed", args.seed, 0)):
         if value < least:
-            usage_error(f"--{name} {value}: at least {least} expected")
+            usage_error(f"--{name} {value}: expected at least {least}")
     for flag, new in (("video", args.video), ("export", args.export)):
         if new is not None and new.exists():
-            usage_error(f"--{flag} {new} is there already; give a new name, or remove it")
+            usage_error(f"--{flag} {new} exists already; give a new name, or remove it")
     path = args.run / args.model
     torch.set_num_threads(1)
     agent = load_agent(path)
     result, policy = play(agent, args)
     mean, kind = result["episodic_return"], "of the run's own" if args.own_episodes else "fresh"
-    rate = result.get("success_rate", math.nan)  # not every environment tells
+    rate = result.get("success_rate", math.nan)  # not every environment reports it
     success = "" if math.isnan(rate) else f", success rate {rate:.3f}"
     print(f"{path}, {args.episodes} {kind} episodes of {agent.args.env_id}, {policy}:")
     print(f"return {mean:.3f} ± {result['return_std']:.3f}{success}, length {result['episodic_length']:.1f}")

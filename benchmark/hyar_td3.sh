@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the jobs of the results table and the ablations of hyar_td3.py, one a line, the most wanted first.
+# Prints the jobs of the results table and the ablations of hyar_td3.py, one per line, the most wanted first.
 # All of them:      bash benchmark/hyar_td3.sh | xargs -P 2 -d '\n' -n 1 sh -c
 # Some of them:     bash benchmark/hyar_td3.sh | grep Platform | xargs ...
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/hyar_td3.sh
@@ -34,11 +34,11 @@ ablations() { # environment, seeds, arguments
 
 # Everything that matters for learning as in the original code.
 ablation as-released Goal-v0 "1 2 3 4 5" --no-bootstrap-at-limit --rebuild-vae-optimizer --no-relabel-in-latent-range
-ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values run away?
+ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values diverge?
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
-# Both as in the original code: does its VAE, of steps of another kind, learn Goal where ours is slow (seed 4)?
+# Both as in the original code: does its VAE, with its other kind of steps, learn Goal where ours is slow (seed 4)?
 ablation rebuilt-adam-limit-is-terminal Goal-v0 "4 5 1 2 3" --no-bootstrap-at-limit --rebuild-vae-optimizer
-# A quarter of Platform's budget: the unchanged script is at its level there, and its first quarter is the same run.
+# A quarter of Platform's budget: the unchanged script reaches its level by then, and its first quarter is the same run.
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "5 4 1"
 

@@ -3,11 +3,11 @@
     python benchmark/latent.py runs/NAME
     python benchmark/latent.py runs/NAME --model best_model.pt
 
-`latent_alternatives.png`: the parameters of each action that are decoded from the prior and from around the policy's z.
-`latent_interpolation.png`: what is decoded on the way from one latent action to another.
-`embedding.png`: where the embedding of each action began and where it is, in two main directions.
+`latent_alternatives.png`: each action's parameters, decoded from the prior and from around the policy's z.
+`latent_interpolation.png`: what is decoded along the way from one latent action to another.
+`embedding.png`: where each action's embedding began and where it is now, in the two principal directions.
 
-The first two are of one state, the first of the run's evaluations.
+The first two show one state: the first of the run's evaluations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """the run folder, which the pictures are written to"""
     model: str = "model.pt"
-    """model.pt (of the end) or best_model.pt (of the best evaluation)"""
+    """model.pt (from the end of training) or best_model.pt (from the best evaluation)"""
 
 
 def decode(agent: HyARTD3, observation: Tensor, k: Tensor, z: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def decode(agent: HyARTD3, observation: Tensor, k: Tensor, z: Tensor) -> tuple[n
 
 
 def draw_alternatives(agent: HyARTD3, names: list[str], observation: Tensor) -> Figure:
-    """Histograms of decoded parameters, in one state (S,): z from the prior, and near the policy's; 24 at most."""
+    """Histograms of decoded parameters, in one state (S,): z from the prior, and near the policy's; at most 24."""
     panels = [(int(k), int(p)) for k, p in agent.mask.nonzero()][:24]
     columns = min(6, len(panels))
     rows = math.ceil(len(panels) / 6)
@@ -119,11 +119,11 @@ def draw_embedding(agent: HyARTD3, names: list[str]) -> Figure:
 
 @torch.no_grad()
 def main(args: Args) -> None:
-    """Draw all and say where they are. Exits 2 for what is no model of HyAR-TD3."""
+    """Draw all pictures and print their paths. Exits 2 if the model is not one of HyAR-TD3."""
     agent = load_agent(args.run / args.model)
     if not isinstance(agent, HyARTD3):
         usage_error(
-            f"{args.run / args.model} is a model of {type(agent).__module__}.py; hyar_td3.py's alone have these"
+            f"{args.run / args.model} is a model of {type(agent).__module__}.py; only those of hyar_td3.py have these"
         )
     env = hyar_td3.make_env(agent.args, agent.scale)
     names = hyar_td3.action_names(env)

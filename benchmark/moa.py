@@ -1,4 +1,4 @@
-"""Reports and tables of pretrain_vae_moa.py: its runs beside what can be known, and one thing changed at a time.
+"""Reports and tables of pretrain_vae_moa.py: its runs compared with what can be known, and one thing changed at a time.
 
     python benchmark/moa.py report runs/NAME
     python benchmark/moa.py table --runs runs
@@ -6,17 +6,17 @@
     python benchmark/moa.py ceilings
     python benchmark/moa.py unseen runs/NAME runs/NAME ...
 
-`report` scores a finished run's best model on all held-out games, beside baselines and exact ceilings, says if it is
+`report` scores a finished run's best model on all held-out games, next to baselines and exact ceilings, warns if it is
 better than anybody can be, and writes table.csv, probes.csv and pictures into the run folder.
 `table` reads the run folders that `benchmark/pretrain_vae_moa.sh` names, makes the reports that are missing, and writes
 table.csv, table.md, probes.csv, curves.csv and pictures of the curves and of the models between the ceilings to
 benchmark/results/pretrain_vae_moa/.
-`questions` trains models with what a public version of this training step had (a softmax before the cross-entropy's
+`questions` trains models with traits of a public version of this training step (a softmax before the cross-entropy's
 own, a mask sliced from the wrong columns, scores of training rows), without the checks of the loader, and writes
 questions.csv and questions.md there.
 `ceilings` plays games of several kinds and writes what can be known about their players to ceilings.md.
 `unseen` tests runs that were trained on games of NS and NH on games in which 0, 1, 2, ... of the players are NA, beside
-Bayes observers who know two scripts and all three, and writes unseen.csv, unseen.md and unseen.png.
+Bayes observers who know two scripts or all three, and writes unseen.csv, unseen.md and unseen.png.
 """
 
 import csv
@@ -54,19 +54,19 @@ REFERENCES = ("majority", "prior + mask", "random encoder + probe", "single fram
 CEILINGS = ("history Bayes", "oracle")
 
 
-LEAK_ERRORS = 3.0  # standard errors above a ceiling: by chance, once in some hundred reports of a perfect model
+LEAK_ERRORS = 3.0  # standard errors above a ceiling: by chance, once in several hundred reports of a perfect model
 
 
 @dataclass
 class Report:
-    """Score the best model of a finished run beside what can be known."""
+    """Score the best model of a finished run, compared with what can be known."""
 
     run: tyro.conf.Positional[Path]
     """the run folder; table.csv, probes.csv and pictures are written into it"""
     dataset: str | None = None
     """the dataset file, if it is no longer where the run found it"""
     data_dir: str | None = None
-    """the folder that collected datasets are kept in, if it is another one than the run's"""
+    """the folder in which collected datasets are kept, if it is not the run's"""
     reference_steps: int = 3_000
     """gradient steps of the single-frame strategy classifier (0: leave it out)"""
 
@@ -80,7 +80,7 @@ class Table:
     results: Path = RESULTS
     """the folder to write to"""
     data_dir: str | None = None
-    """the folder that collected datasets are kept in, if it is another one than the runs'"""
+    """the folder in which collected datasets are kept, if it is not the runs'"""
     reference_steps: int = 3_000
     """gradient steps of the single-frame strategy classifier in reports that are still to be made"""
 
@@ -96,7 +96,7 @@ class Questions:
     rows: int = 107_010
     """rows of the games"""
     data_dir: str = "data"
-    """the folder that collected datasets are kept in"""
+    """the folder in which collected datasets are kept"""
     results: Path = RESULTS
     """the folder to write to"""
 
@@ -116,13 +116,13 @@ class Unseen:
     """Test runs on games with players of a script that was in no training game."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """finished run folders that were trained on games of NS and NH; those named alike but for the seed are averaged"""
+    """finished run folders, trained on games of NS and NH; those whose names differ only in the seed are averaged"""
     games: int = 1_000
-    """games of each share of unseen players"""
+    """games for each share of unseen players"""
     seed: int = 1_000
     """seed of the games"""
     data_dir: str | None = None
-    """the folder that collected datasets are kept in, if it is another one than the runs'"""
+    """the folder in which collected datasets are kept, if it is not the runs'"""
     results: Path = RESULTS
     """the folder to write to"""
 
@@ -143,7 +143,7 @@ def number(value: str | float) -> float:
 
 # Report of a run -----------------------------------------------------------------------------------------------------
 def baselines(records: Records, rows: np.ndarray) -> Arrays:
-    """Predictions (R, A) without looking: the training rows' class shares, as they are and among the legal actions."""
+    """Predictions (R, A) that see nothing: the training rows' class shares, as they are and among the legal actions."""
     shares = np.bincount(records.arrays["action"][records.rows(0)], minlength=records.sizes.actions) + 1.0
     shares /= shares.sum()
     legal = np.where(records.arrays["action_mask"][rows], shares, 0.0)
@@ -156,7 +156,7 @@ def difference(
     """Expected accuracy of predictions (R, A) minus that of others, and its standard error.
 
     The error is clustered by episode: rows of one game are not independent. The policies must be known. With `done` it
-    is the accuracy on what was done, luck and all: only this one rises where predictions have seen the labels.
+    is the accuracy on the actions taken, luck included: only this one rises if predictions have seen the labels.
     """
     every, action = np.arange(len(rows)), records.arrays["action"][rows].astype(int)
     true = np.eye(records.sizes.actions)[action] if done else records.ceilings["oracle"][rows]
@@ -168,7 +168,7 @@ def difference(
 def probe(
     agent: MOA, records: Records, test: Arrays, targets: dict[str, tuple[Tensor, int, Tensor]]
 ) -> dict[str, Tensor]:
-    """The likeliest class (R,) by linear probes of the latent; `targets` are each row's class (N,), how many, legal."""
+    """Likeliest classes (R,) by linear probes of the latent; `targets`: each row's class (N,), how many, legal ones."""
     rows = records.probe_rows()
     latent, found = torch.from_numpy(moa.predict(agent, records, rows)["mean"]), {}
     for name, (target, classes, legal) in targets.items():
@@ -193,7 +193,7 @@ def run_probes(agent: MOA, records: Records, test: Arrays) -> dict[str, float]:
 
 
 def reference_strategy(records: Records, rows: np.ndarray, steps: int, augment: bool) -> np.ndarray:
-    """P(strategy | one frame) (R, K) by a classifier of its own, trained on the true strategies of the training rows.
+    """P(strategy | one frame) (R, K) by a separate classifier, trained on the true strategies of the training rows.
 
     Mixed with the known policies this estimates the single-frame ceiling. Leaves the run's random stream alone.
     """
@@ -249,7 +249,7 @@ def new_figure(columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 
 def draw_confusion(test: Arrays, records: Records) -> Figure:
-    """Of each action's rows the share, in %, that was predicted as each other, for all rows and for each strategy."""
+    """The share of each action's rows, in %, in which each action was predicted, for all rows and for each strategy."""
     parts, names = list(split_by_strategy(records, test["row"])), records.action_names
     figure, axes = new_figure(len(parts), "What was done (rows) and what was predicted (columns)")
     for axis, (name, part) in zip(axes, parts, strict=True):
@@ -265,7 +265,7 @@ def draw_confusion(test: Arrays, records: Records) -> Figure:
 
 
 def draw_recall_and_calibration(q: Arrays, records: Records, rows: np.ndarray) -> Figure:
-    """Recall of each action, and how often predictions of some certainty are right, for each of `q` (R, A) by name."""
+    """Recall of each action, and how often predictions of some confidence are right, for each of `q` (R, A) by name."""
     figure, axes = new_figure(2, "Recall of each action, and calibration")
     action, places, width = records.arrays["action"][rows], np.arange(records.sizes.actions), 0.8 / len(q)
     for i, (name, values) in enumerate(q.items()):
@@ -321,7 +321,7 @@ def draw_reconstructions(agent: MOA, records: Records, rows: np.ndarray, count: 
 
 
 def open_run(args: Report) -> tuple[MOA, Records]:
-    """The best model of a run, and the records that it was trained on. Exits 2, with one line, without them."""
+    """The best model of a run, and the records that it was trained on. Exits 2, with one line, if one is missing."""
     try:
         about = json.loads((args.run / "args.json").read_text())["arguments"]
         own = moa.Args(**about)
@@ -398,7 +398,7 @@ def compare_with_ceilings(predictions: Arrays, model: str, records: Records, row
         yield f"expected accuracy minus that of {name}: {gain:.4f} ± {error:.4f} (standard error, by game)"
         lucky, luck = difference(predictions[model], predictions[name], records, rows, done=True)
         above = max(gain / max(error, 1e-9), lucky / max(luck, 1e-9))
-        if games >= 10 and above > LEAK_ERRORS:  # of fewer games the errors are not known
+        if games >= 10 and above > LEAK_ERRORS:  # with fewer games the standard errors are unreliable
             yield f"warning: better than {name} can be: the labels must have leaked into what the model sees"
 
 
@@ -446,7 +446,7 @@ def collect(
 
 
 def scores_table(scores: list[dict[str, Any]]) -> str:
-    """Model by model, mean and deviation over seeds, and what is known of the same rows."""
+    """Model by model, mean and deviation over seeds, and the references on the same rows."""
     header = ["", "rows", "seeds", *(column.replace("_", " ") for column in SCORES), "NS", "NH"]
     lines = []
     kinds = {}
@@ -455,7 +455,7 @@ def scores_table(scores: list[dict[str, Any]]) -> str:
         if label == "random encoder + probe":
             frames = [name for name in ("4frames", "history") if name in row["variant"]]
             label += f", {frames[0] if frames else 'one frame'}"
-        # What is known of the same rows is in the tables of many variants: each seed's is taken from one of them.
+        # The references on the same rows are in the tables of many variants: each seed's are taken from one of them.
         kinds.setdefault((row["name"] != "model", label, row["rows"]), {}).setdefault((row["seed"], row["subset"]), row)
     for (_, label, rows), found in sorted(kinds.items(), key=lambda item: item[0]):
         group = list(found.values())
@@ -605,7 +605,7 @@ def examine(model: MOA, records: Records, rows: np.ndarray) -> dict[str, float]:
 
 
 def questions(args: Questions) -> None:
-    """Train all changes with all seeds; write and print what comes of it, on held-out and on training rows."""
+    """Train all changes with all seeds; write and print the scores, on held-out and on training rows."""
     torch.set_flush_denormal(True)
     base = moa.Args(objective="moa", rows=args.rows, data_dir=args.data_dir, total_timesteps=args.steps)
     arrays, meta = moa.open_dataset(base)
@@ -680,7 +680,7 @@ def ceilings(args: Ceilings) -> None:
 
 # Players that the model has never met ---------------------------------------------------------------------------------
 SCRIPTS = ["NS", "NH", "NA"]  # the last is in no training game
-SLIP = 0.01  # else a player who is neither NS nor NH soon does what is impossible, and the NLL is infinite
+SLIP = 0.01  # else a player who is neither NS nor NH soon does something impossible: infinite NLL
 TWO, THREE = "history Bayes, knows NS and NH", "history Bayes, knows all three"
 EGOS = {"all": "all players", "known": "NS and NH", "unseen": "NA"}
 
@@ -688,7 +688,7 @@ EGOS = {"all": "all players", "known": "NS and NH", "unseen": "NA"}
 def unseen_games(meta: dict[str, Any], unseen: int, games: int, seed: int) -> stag_hunt.Record:
     """Games as in a record with this meta data, but for `unseen` NA players in each.
 
-    The numbers of NS and NH among the others are as likely as in training. First positions depend on the seed alone.
+    The numbers of NS and NH among the others are as likely as in training. Initial positions depend on the seed alone.
     """
     config = {name: value for name, value in meta["env_kwargs"].items() if name != "max_cycles"}
     vector = stag_hunt.VectorStagHunt(stag_hunt.Config(**config), stag_hunt.episode_seeds(seed, 0, games))
@@ -714,19 +714,19 @@ def unseen_scores(q: np.ndarray, records: Records) -> Iterator[dict[str, Any]]:
 def unseen(args: Unseen) -> None:
     """Write and print the scores of all runs and of both observers, at each share of unseen players."""
     if not args.runs or args.games < 1:
-        usage_error("at least one run folder and one game expected; see benchmark/pretrain_vae_moa.sh")
+        usage_error("expected at least one run folder and one game; see benchmark/pretrain_vae_moa.sh")
     models, metas = [], []
     for path in args.runs:
         agent, records = open_run(Report(path, data_dir=args.data_dir))
         if "head" not in agent.used:
-            usage_error(f"{path} has trained no policy head; --objective moa or both expected")
+            usage_error(f"{path} has trained no policy head; expected --objective moa or both")
         if records.strategies != SCRIPTS[:2] or "tie_break" not in records.meta:  # `stag_hunt.collect` tells it
             players = ", ".join(records.strategies) or "unknown players"
-            usage_error(f"{path}: collected games of NS and NH expected, but these are of {players}")
+            usage_error(f"{path}: expected collected games of NS and NH, but these are of {players}")
         if records.meta["seed"] == args.seed:
             usage_error(f"--seed {args.seed}: {path} was trained on games of this seed")
         if metas and records.meta["env_kwargs"] != metas[0]["env_kwargs"]:
-            usage_error(f"{path} has another game than {args.runs[0]}")
+            usage_error(f"{path} has a different game from {args.runs[0]}")
         metas.append(records.meta)
         named = re.fullmatch(r"pretrain_vae_moa-(.+?)__.+__\d+", path.resolve().name)
         models.append((named[1] if named else path.resolve().name, agent, records.obs.device))

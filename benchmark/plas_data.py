@@ -5,12 +5,12 @@
     python benchmark/plas_data.py --env DotHazard-v0 --collect medium --file data/medium.npz
 
 By default TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477), which itself sees the task's state, learns in minutes
-what takes hours from pixels. `mixed.npz` is all that it does in --steps agent steps of training, the random first ones
-included; `medium.npz` is as many steps of its last policy, with the noise of its exploration. `--collect` takes another
-policy: uniformly random actions; the script of an environment that has an `expert_action()` (expert), or the same with
-a quarter of its actions random and noise of 0.5 on the others (medium); or the mean actions of a model that
-sac_ae_pixels.py saved. The same arguments on the same machine give the same files; nothing is done where they are
-there. Any environment that plas_pixels.py knows can be named.
+what takes hours from pixels. `mixed.npz` is all that it does in --steps agent steps of training, including the random
+first ones; `medium.npz` is as many steps of its final policy, with exploration noise. `--collect` uses another policy:
+uniformly random actions; the script of an environment that has an `expert_action()` (expert), or the same with a
+quarter of its actions random and noise of 0.5 on the others (medium); or the mean actions of a model that
+sac_ae_pixels.py saved. The same arguments on the same machine give the same files; if they exist, nothing is done. Any
+environment that plas_pixels.py supports can be used.
 """
 
 import copy
@@ -50,17 +50,17 @@ class Args:
     file: Path | None = None
     """the file to write, with --collect (default: in the folder)"""
     steps: int = 15_000
-    """agent steps in each file, and as many more as end the last episode"""
+    """agent steps in each file, plus those that complete the last episode"""
     random_steps: int = 1_000
-    """the first of them, with random actions (td3)"""
+    """how many of the first of them take random actions (td3)"""
     update_every: int = 1
-    """agent steps between two gradient steps (td3): 7 makes 100,000 steps of what is otherwise learnt in 15,000"""
+    """agent steps per gradient step (td3): with 7, 100,000 steps have as many gradient steps as 15,000 otherwise"""
     image_size: int = 64
     """height and width of the pictures"""
     action_repeat: int | None = None
-    """environment steps that an action is repeated for (default: plas_pixels.py's for the task)"""
+    """environment steps for which an action is repeated (default: plas_pixels.py's for the task)"""
     frame_stack: int | None = None
-    """pictures in an observation of a model (default: plas_pixels.py's for the task)"""
+    """pictures in a model's observation (default: plas_pixels.py's for the task)"""
     seed: int = 1
     """seed of agent and episodes"""
 
@@ -89,12 +89,12 @@ class TD3:
 
     @torch.no_grad()
     def act(self, state: np.ndarray) -> np.ndarray:
-        """An action (A,) with the exploration's noise."""
+        """An action (A,) with exploration noise."""
         action = torch.tanh(self.actor(torch.from_numpy(state.astype(np.float32))))
         return (action + EXPLORATION_NOISE * torch.randn_like(action)).clamp(-1.0, 1.0).numpy()
 
     def update(self, step: int) -> None:
-        """One step of the critics, and, in every second one, of the actor and the targets."""
+        """One step of the critics and, every second time, of the actor and the targets."""
         index = torch.randint(self.size, (BATCH_SIZE,))
         state, action, reward, discount, following = self.memory[index].split(self.sections, 1)
         with torch.no_grad():
@@ -117,7 +117,7 @@ class TD3:
 
 
 def record(env: Any, agent: TD3, args: Args, training: bool) -> dict[str, np.ndarray]:
-    """Columns of whole episodes, `args.steps` steps or a few more, which the agent learns from if told so."""
+    """Columns of whole episodes, `args.steps` steps or a few more, from which the agent learns if `training`."""
     generator = np.random.default_rng(args.seed)
     rows: list[tuple] = []
     steps = 0
@@ -151,13 +151,13 @@ def sac_ae_policy(path: Path, env: plas_pixels.PixelEnv) -> Callable[[np.ndarray
     agent = evaluate.load_agent(path)
     if not isinstance(agent, sac_ae_pixels.SACAE):
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py")
-    settings = ("image_size", "frame_stack", "action_repeat")  # its task may be another
+    settings = ("image_size", "frame_stack", "action_repeat")  # its task may differ
     plas_pixels.check_settings(path, {name: getattr(agent.args, name) for name in settings}, env)
     if agent.action_dim != env.action_dim:
         raise ValueError(f"{path} has {agent.action_dim} actions, the environment {env.action_dim}")
     if agent.args.residual_action:
-        raise ValueError(f"{path} was trained with --residual-action, which collecting does not know; take another")
-    unseen = np.zeros((1, agent.action_dim), np.float32)  # such a policy looks at no previous action
+        raise ValueError(f"{path} was trained with --residual-action, which collecting does not support; take another")
+    unseen = np.zeros((1, agent.action_dim), np.float32)  # such a policy ignores the previous action
     return lambda observation: agent.act(observation[None], unseen)[0]
 
 
@@ -178,7 +178,7 @@ def behaviour(name: str, generator: np.random.Generator, env: plas_pixels.PixelE
             raise ValueError(f"{env.unwrapped} has no expert_action; take --collect random, td3 or a model.pt")
         return known[name]
     if not Path(name).is_file():
-        raise ValueError(f"--collect {name}: td3, random, medium, expert or a model.pt expected")
+        raise ValueError(f"--collect {name}: expected td3, random, medium, expert or a model.pt")
     return sac_ae_policy(Path(name), env)
 
 
@@ -190,17 +190,17 @@ def write(path: Path, env: plas_pixels.PixelEnv, columns: dict[str, np.ndarray],
 
 
 def main(args: Args) -> None:
-    """Write the files, unless they are there."""
+    """Write the files, unless they exist."""
     paths = [args.folder / "mixed.npz", args.folder / "medium.npz"]
     if args.collect != "td3":
         paths = [args.file or args.folder / f"{Path(args.collect).stem}.npz"]
     if all(path.exists() for path in paths):
         return print(f"{args.folder if args.collect == 'td3' else paths[0]} is complete")
-    torch.set_num_threads(1)  # small networks gain nothing by more
+    torch.set_num_threads(1)  # small networks gain nothing from more
     try:
         if args.collect == "td3" and not 0 < args.random_steps < args.steps:
             given = f"--random-steps {args.random_steps} of --steps {args.steps}"
-            raise ValueError(f"{given}: at least one random step, and fewer than steps, expected")
+            raise ValueError(f"{given}: expected at least one random step, and fewer than --steps")
         if args.update_every < 1:
             raise ValueError(f"--update-every {args.update_every}: expected at least 1")
         if args.collect == "td3" and args.file:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prints the jobs of the study in docs/plas_pixels.md, one a line, the most wanted first.
+# Prints the jobs of the study in docs/plas_pixels.md, one per line, the most wanted first.
 # All of them:      bash benchmark/plas_pixels.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/plas_pixels.sh
 # Running the list again finishes what is missing. Run names are plas_pixels-<signal>-<dataset>__<environment>__<seed>.
-# The last jobs need what the first two leave: begun before these have ended, they fail with a line, and need a second
-# run of the list.
+# The last jobs need the files that the first two write: started before those have ended, they fail with one line, and
+# the list has to be run again.
 runs=${RUNS:-runs}
 
 job() { # signal, dataset, environment, seed, arguments
@@ -12,8 +12,8 @@ job() { # signal, dataset, environment, seed, arguments
         "--env $3 --encoder-signal $1 --seed $4 ${*:5}"
 }
 
-# The data of cartpole-swingup, of an agent that sees states: 15,000 transitions; and 100,000, as V-D4RL has, of an agent
-# that takes about as many gradient steps.
+# The data of cartpole-swingup, from an agent that sees states: 15,000 transitions; and 100,000, as in V-D4RL, from an
+# agent that takes about as many gradient steps.
 source=$runs/plas_pixels_data__cartpole-swingup
 collect="python benchmark/plas_data.py --env cartpole-swingup --action-repeat 4"
 echo "$collect --folder $source"
@@ -27,7 +27,7 @@ for seed in 1 2 3 4 5; do
     done
 done
 
-# Four times the data, and four times the training: do the critics alone catch up, does the VAE still learn noise by heart?
+# Four times the data, and four times the training: do the critics alone catch up, does the VAE still memorize noise?
 for seed in 1 2 3; do
     for signal in critic separate vae both; do
         job $signal medium-60k DotHazard-v0 $seed --dataset medium --collect-steps 60000 --eval-episodes 100
@@ -37,8 +37,8 @@ for seed in 1 2 3; do
     done
 done
 
-# Each of 15,000 steps. Mixed: all that this agent did while it learnt. Medium: its last policy. A gamma of 0.98 for four
-# environment steps is V-D4RL's of 0.99 for two.
+# Each of 15,000 steps. Mixed: all that this agent did while it learnt. Medium: its final policy. A gamma of 0.98 for
+# four environment steps is V-D4RL's 0.99 for two.
 for seed in 1 2; do
     for data in medium mixed; do
         for signal in both critic vae; do

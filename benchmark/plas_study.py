@@ -67,7 +67,7 @@ def read_runs(folder: Path) -> dict[str, list[Row]]:
 
 
 def merge(path: Path, rows: list[Row]) -> list[Row]:
-    """The rows of a CSV file and these, which count where both have one; written back, sorted."""
+    """Merge these rows into those of a CSV file, where they replace old ones; written back, sorted."""
     names = [*KEY, *COLUMNS, *LEVELS]
     merged = {}
     if path.exists():
@@ -101,7 +101,7 @@ def mean_and_std(column: np.ndarray) -> str:
 
 
 def difference(rows: list[Row], dataset: str, pair: tuple[str, str], step: int, column: str) -> str:
-    """One signal minus another, paired by seed: the mean and its 95 % interval by Student's t, from two seeds on."""
+    """One signal minus another, paired by seed: the mean and, from two seeds, its 95 % interval by Student's t."""
     own, other = (by_seed(rows, dataset, signal, step, column) for signal in pair)
     differences = np.array([value - other[seed] for seed, value in own.items() if seed in other])
     if not len(differences):
@@ -143,9 +143,9 @@ def table(rows: list[Row], steps: tuple[int, ...]) -> str:
 
 
 def draw(rows: list[Row], title: str) -> Figure:
-    """Return and error of Q over gradient steps, a column a dataset, a colour a signal: each seed, and their middle.
+    """Return and error of Q over gradient steps, a column per dataset, a colour per signal: each seed, and their mean.
 
-    That is the interquartile mean with its 95 % bootstrap interval, at the steps that all seeds have reached.
+    The mean is interquartile, with its 95 % bootstrap interval, at the steps that all seeds have reached.
     """
     datasets = [name for name in DATASETS if any(row["dataset"] == name for row in rows)]
     figure = Figure(figsize=(4.6 * len(datasets), 7.0), layout="constrained")
@@ -172,7 +172,7 @@ def draw(rows: list[Row], title: str) -> Figure:
         axes[1, column].set(xlabel="gradient steps", ylabel="squared error of Q", yscale="log")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
-            axis.locator_params(axis="x", nbins=5)  # long numbers do not touch
+            axis.locator_params(axis="x", nbins=5)  # so that long numbers do not touch
     max(axes[0], key=lambda axis: len(axis.lines)).legend(fontsize=8)  # not every dataset has all signals
     return figure
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Prints the jobs of the table of pretrain_vae_moa.py, one a line, the most wanted first.
+# Prints the jobs of the table of pretrain_vae_moa.py, one per line, the most wanted first.
 # All of them:      bash benchmark/pretrain_vae_moa.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Some of them:     bash benchmark/pretrain_vae_moa.sh | grep history | OMP_NUM_THREADS=1 xargs ...
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/pretrain_vae_moa.sh
-# Running the list again finishes what is missing; `python benchmark/moa.py table` makes the table, and
-# `python benchmark/moa.py unseen runs/pretrain_vae_moa-moa-z{,-history}__4p5b8x8__*` that of players of a third script.
+# Running the list again finishes what is missing; `python benchmark/moa.py table` makes the table,
+# and `python benchmark/moa.py unseen runs/pretrain_vae_moa-moa-z{,-history}__4p5b8x8__*` that for players of a third
+# script.
 runs=${RUNS:-runs}
 
 job() { # variant, seed, arguments

@@ -1,11 +1,12 @@
-"""Measure a script's speed beside a plain version of it, the original's figures, and the machine's limit.
+"""Compare a script's speed with a plain version of it, the original's figures, and the machine's limit.
 
     python benchmark/speed.py hyar_td3
     python benchmark/speed.py sac_ae_pixels --rounds 10 --json speed.json
     make speed    # all scripts, into benchmark/results/speed/ and the tables of the pages
 
-All in one process with one thread, in CPU-seconds, so that other work on the machine disturbs little. What is compared
-is measured in turns, several rounds; the medians count. Absolute figures depend on the machine, ratios hardly do.
+Everything runs in one process with one thread and is measured in CPU-seconds, so that other work on the machine hardly
+matters. Things to compare are measured in turn, for several rounds, and the medians are reported. Absolute figures
+depend on the machine, ratios hardly do.
 """
 
 import copy
@@ -80,7 +81,7 @@ class Args:
     world_updates: int = 10
     """world_model_test: updates of one measurement"""
     keep_freed_memory: bool = True
-    """if toggled, glibc keeps freed memory: the pixel scripts set it so, and a real run of the others comes to it"""
+    """if toggled, glibc keeps freed memory: the pixel scripts do this, and real runs of the others end up with it"""
     memory: bool = True
     """if toggled off, --json leaves out the peak memory of a short run"""
     json: Path | None = None
@@ -95,13 +96,13 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 
 def medians(rounds: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median CPU-seconds of each work, all of them in turns after one round that does not count."""
+    """Median CPU-seconds of each work, all of them in turn, after one warm-up round."""
     times = [{name: cpu_seconds(work) for name, work in works.items()} for _ in range(rounds + 1)]
     return {name: float(np.median([row[name] for row in times[1:]])) for name in works}
 
 
 def repeat(work: Callable[[], Any], times: int) -> Callable[[], None]:
-    """`work`, so many times in a row."""
+    """A function that does `work` so many `times` in a row."""
 
     def run() -> None:
         for _ in range(times):
@@ -120,7 +121,7 @@ ORIGINAL_LEARNING = (42, 50)
 class PlainHyARTD3:
     """`HyARTD3.update` in plain eager PyTorch: it gives the same weights, and is what the fast one is measured against.
 
-    Two critics, a pass of its own for each update, relabelling that decodes both heads and encodes all rows, targets
+    Two critics, a separate pass for each update, relabelling that decodes both heads and encodes all rows, targets
     that follow parameter by parameter. It has no loop over rows either, no `.item()`, and fused Adam.
     """
 
@@ -230,7 +231,7 @@ def operations_per_update(agent: hyar_td3.HyARTD3, encoded_share: float) -> floa
     """Floating-point operations of the matrix products of one update cycle, from the layer sizes.
 
     A product of a row with a weight matrix costs 2 x inputs x outputs. A gradient by the weights costs as much again,
-    and so does one by the inputs, which a network's first layer does not need (the actor needs it, of the critic's
+    and so does one by the inputs, which a network's first layer does not need (the actor needs it, for the critic's
     latent action alone). Everything else, such as biases, activations, Adam and the targets, counts as nothing: this is
     the work that cannot be avoided. `encoded_share` of the rows is relabelled, which costs an encoder.
     """
@@ -303,7 +304,7 @@ class LearningPhase:
         return self.env.reset(seed=seed)[0]
 
     def run(self, steps: int) -> None:
-        """Go on for so many environment steps."""
+        """Continue for this many environment steps."""
         agent, args, buffer = self.agent, self.args, self.buffer
         start = hyar_td3.EXPLORATION_NOISE_START
         for _ in range(steps):
@@ -331,7 +332,7 @@ class LearningPhase:
 
 
 def measure_hyar_td3(args: Args) -> dict[str, Any]:
-    """Environments, learning phase, updates beside plain ones, and the share of the machine's matrix-product rate."""
+    """Environments, learning phase, updates and plain ones compared, the share of the machine's matrix-product rate."""
     print("environments, random actions")
     environments = {}
     for env_id, original in ORIGINAL_ENVIRONMENTS.items():
@@ -518,7 +519,7 @@ class PlainSACAE:
 
 
 def operations_per_pixel_update(agent: sac_ae_pixels.SACAE) -> float:
-    """Floating-point operations of the products and convolutions of a mean update, every second with an actor's.
+    """Floating-point operations of the products and convolutions of an average update; every second one has an actor's.
 
     Counted as for HyAR-TD3: a gradient by the weights and one by the inputs cost as much as the pass itself, each where
     it is needed. The pass of the convolutions that actor and autoencoder share counts once.
@@ -539,7 +540,7 @@ def operations_per_pixel_update(agent: sac_ae_pixels.SACAE) -> float:
 
 
 def slow_environment(args: sac_ae_pixels.Args) -> sac_ae_pixels.PixelEnv:
-    """The environment with the task's own shadow map, drawn without a camera that is kept."""
+    """The environment with the task's own shadow map, rendered without keeping a camera."""
     camera, sac_ae_pixels.fast_camera = sac_ae_pixels.fast_camera, lambda *_: None
     try:
         return sac_ae_pixels.make_env(args)
@@ -568,7 +569,7 @@ def pixel_environment_speed(env_id: str, args: Args) -> dict[str, float]:
 
 
 def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
-    """Environment steps, updates beside plain ones, and the share of the machine's matrix-product rate."""
+    """Environment steps, updates compared with plain ones, and the share of the machine's matrix-product rate."""
     print("environments, random actions, one picture of 84x84 a step")
     environments = {}
     for env_id in args.pixel_environments:
@@ -681,7 +682,7 @@ class PlainPLAS:
 
 
 def measure_plas_pixels(args: Args) -> dict[str, Any]:
-    """Updates beside plain ones, and the share of the machine's matrix-product rate, for small and large pictures."""
+    """Updates compared with plain ones, and the share of the machine's matrix-product rate, for two picture sizes."""
     figures: dict[str, Any] = {}
     for name, env_id, size in (("28 x 28", "DotHazard-v0", 28), ("64 x 64", "Pendulum-v1", 64)):
         own = plas_pixels.Args(env_id=env_id, image_size=size)
@@ -730,7 +731,7 @@ def measure_plas_pixels(args: Args) -> dict[str, Any]:
 
 # World model ---------------------------------------------------------------------------------------------------------
 def measure_world_model_test(args: Args) -> dict[str, Any]:
-    """Transitions a second in training, beside the same in PyTorch's own memory format, and the roofline's share."""
+    """Transitions per second in training, compared with PyTorch's own memory format, and the roofline's share."""
     config = world_model_test.stag_hunt.Config()
     games = world_model_test.stag_hunt.collect(4_000, config, 35, ("NS", "NH", "random"), 1)
     data, own = world_model_test.to_transitions(games.arrays, "games"), world_model_test.Args()
@@ -765,7 +766,7 @@ def measure_world_model_test(args: Args) -> dict[str, Any]:
 
 # Pre-trained VAE -----------------------------------------------------------------------------------------------------
 class PlainRows(Dataset):
-    """The rows as most training scripts read them: one at a time, from arrays, put together by a DataLoader."""
+    """The rows as most training scripts read them: one at a time, from arrays, collated by a DataLoader."""
 
     def __init__(self, records: pretrain_vae_moa.Records) -> None:
         """Look at the arrays of the records."""
@@ -819,7 +820,7 @@ def stag_hunt_speed(args: Args) -> dict[str, float]:
 
 
 def measure_pretrain_vae_moa(args: Args) -> dict[str, Any]:
-    """The game, batches beside a DataLoader's, and the updates with their share of the matrix-product rate."""
+    """The game, batches compared with a DataLoader's, and the updates with their share of the matrix-product rate."""
     game = stag_hunt_speed(args)
     print("stag hunt 8x8 with 4 players")
     print(f"  {game['vector_steps_per_second']:9,.0f} environment steps/s, 2,048 games at once with scripted policies")
@@ -901,7 +902,7 @@ SHORT_RUNS = {  # a run of seconds, whose peak memory is measured: the networks 
 
 
 def summary(script: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a script's figures come to: a row an update, with a rate of environment steps where one was measured."""
+    """A script's main figures: a row for each kind of update, with a rate of environment steps if one was measured."""
 
     def row(update: str, steps: float | None, updates: float, ratio: float | None, roofline: float) -> dict[str, Any]:
         return {"update": update, "steps": steps, "updates": updates, "ratio": ratio, "roofline": roofline}
@@ -937,7 +938,7 @@ def summary(script: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def peak_memory(script: str) -> int:
-    """Bytes that a short run of the script holds at most, in a process of its own."""
+    """Peak memory, in bytes, of a short run of the script in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{script}.py"), "--runs-dir", folder, *shlex.split(SHORT_RUNS[script])]
         command += ["--data-dir", folder] if script == "pretrain_vae_moa" else []

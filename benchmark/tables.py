@@ -459,9 +459,24 @@ def speed(scripts: tuple[str, ...]) -> str:
     return markdown([*header, "memory of a short run", "commit; machine"], lines)
 
 
+STRESS = {  # column -> how the lines of stress.md that it sums up begin
+    "kills survived": "killed", "full disks": "full disk", "cut checkpoints": "checkpoint cut",
+    "changed checkpoints": "a byte", "malformed arguments": "malformed",
+}  # fmt: skip
+
+
 def stress() -> str:
-    """What `make stress` found."""
-    return (RESULTS / "stress.md").read_text()
+    """What `make stress` found: how many tries of each kind ended as they should."""
+    text = (RESULTS / "stress.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    lines = []
+    for script in dict.fromkeys(row[0] for row in rows):
+        own, cells = [row for row in rows if row[0] == script], []
+        for start in STRESS.values():
+            tried, held = (sum(int(row[i]) for row in own if row[1].startswith(start)) for i in (2, 3))
+            cells.append(f"{held} of {tried}")
+        lines.append([script, *cells])
+    return markdown(["script", *STRESS], lines) + "\n" + text.splitlines()[0] + "\n"
 
 
 SCRIPTS = ("hyar_td3", "sac_ae_pixels", "plas_pixels", "pretrain_vae_moa", "world_model_test")

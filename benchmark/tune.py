@@ -3,10 +3,10 @@
     python benchmark/tune.py hyar_td3 --trials 20 --search learning_rate=log:1e-5:1e-3 kl_weight=0.05,0.5 \
         -- --env Platform-v0 --total-timesteps 20000 --eval-frequency 2000
 
-Start the same command on as many machines as share the folder: they work on one study, whose journal is a file.
+Start the same command on any machines that share the folder: they work on one study, whose journal is a file.
 A trial's value is the mean of the last evaluations in its run's eval.csv. What a search may range over:
 `name=log:LOW:HIGH`, `name=float:LOW:HIGH`, `name=int:LOW:HIGH`, `name=A,B,C`. Flags after `--` are the same in all
-trials. A trial that fails counts as failed, and the search goes on; so does a search that was stopped and is started
+trials. If a trial fails, the search goes on without it; a search that was stopped continues when it is started
 again.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def distribution(word: str) -> tuple[str, optuna.distributions.BaseDistribution]:
-    """The option and the range of one `NAME=SPACE`. Raises ValueError for a space of no kind."""
+    """The option and the range of one `NAME=SPACE`. Raises ValueError for an unknown kind of space."""
     name, _, space = word.partition("=")
     kind, *bounds = space.split(":")
     try:
@@ -66,11 +66,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="the script's name, without .py")
     parser.add_argument("--search", nargs="+", required=True, metavar="NAME=SPACE", help="what to search over")
-    parser.add_argument("--trials", type=int, default=20, help="trials that this process makes")
-    parser.add_argument("--column", default="episodic_return", help="the column of eval.csv that counts")
-    parser.add_argument("--last", type=int, default=10, help="evaluations at a run's end whose mean is its value")
+    parser.add_argument("--trials", type=int, default=20, help="trials that this process runs")
+    parser.add_argument("--column", default="episodic_return", help="the column of eval.csv to optimize")
+    parser.add_argument("--last", type=int, default=10, help="last evaluations of a run whose mean is its value")
     parser.add_argument("--minimize", action="store_true", help="search for the lowest value")
-    parser.add_argument("--study", default="tune", help="the study's name, and its folder's in --runs-dir")
+    parser.add_argument("--study", default="tune", help="the name of the study, and of its folder in --runs-dir")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the study's folder is")
     parser.add_argument("--seed", type=int, default=None, help="seed of the search (for one worker)")
     args = parser.parse_args(words[:cut])
@@ -85,7 +85,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> optuna.Study:
-    """Make the trials, print the best one, and return the study."""
+    """Run the trials, print the best one, and return the study."""
     args = parse(words)
     folder = args.runs_dir / args.study
     folder.mkdir(parents=True, exist_ok=True)

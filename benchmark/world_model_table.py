@@ -8,7 +8,7 @@ Reads the run folders that `benchmark/world_model_test.sh` names, `world_model_t
 benchmark/results/world_model_test/: `<row>__<seed>.json` (a run's `metrics.json`), `table.md` (means and standard
 deviations over seeds), `events.md` (rewards by event) and `steps.png` (violations and roll-outs of each row). What the
 folder already holds of other runs stays there. With `--run-name`, only that run's `summary.png` is drawn, into its
-folder: broken rules of the most likely and the drawn frames beside a copied one's, and frames right in a roll-out.
+folder: rules broken by the most likely, the sampled and the copied frames, and exact frames in a roll-out.
 """
 
 import json
@@ -57,7 +57,7 @@ class Args:
 
 
 def values(runs: list[dict[str, Any]], part: str, name: str | None) -> np.ndarray:
-    """One number a run; nan where a run has none."""
+    """One number per run; nan where a run has none."""
     found = [run.get(part) if name is None else (run.get(part) or {}).get(name, np.nan) for run in runs]
     return np.array(found, float)
 
@@ -85,7 +85,7 @@ def table(rows: Runs) -> str:
 
 
 def pool(runs: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
-    """For each event the share of exact rewards in %, over all seeds' test frames together, and how many these are."""
+    """For each event the share of exact rewards in %, over all seeds' test frames together, and their number."""
     result = {}
     for name in sorted({name for run in runs for name in run["mode"]["events"]}):
         found = [run["mode"]["events"][name] for run in runs if name in run["mode"]["events"]]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Prints the jobs of the table in docs/world_model_test.md, one a line. From 1 to 6 each row changes one thing of the row
-# before, but that only 3 has the contrastive term; 0 is 1 on a smaller board, 7 and 8 are 6 and 2 with a moving stag.
-# The `board` jobs train on 8x8 and test on larger boards with more hares and blocks, beside models that were trained
-# there; a test needs the model of its training job, so run the list again if it came too early.
+# Prints the jobs of the table in docs/world_model_test.md, one per line. From 1 to 6 each row changes one thing in the
+# one before, except that only 3 has the contrastive term; 0 is 1 on a smaller board, 7 and 8 are 6 and 2 with a moving
+# stag.
+# The `board` jobs train on 8x8 and test on larger boards with more hares and blocks, next to models that were trained
+# there; a test needs the model of its training job, so run the list again if a test came too early.
 # All of them:      bash benchmark/world_model_test.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
 # Elsewhere:        RUNS=/scratch/runs bash benchmark/world_model_test.sh
 # Running the list again finishes what is missing. Run names are world_model_test-<row>__<seed>.
