@@ -1,7 +1,7 @@
 """HyAR-TD3: reinforcement learning with hybrid (discrete + continuous) actions.
 
 A conditional VAE turns each hybrid action into one continuous latent action, and TD3 learns in that
-latent space; what the policy emits is decoded into a discrete action and its own parameters.
+latent space; the policy's output is decoded into a discrete action and that action's parameters.
 
 Paper: Li et al., "HyAR: Addressing Discrete-Continuous Action Reinforcement Learning via Hybrid Action
 Representation", ICLR 2022, https://arxiv.org/abs/2109.05490
@@ -75,7 +75,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = True
-    """if toggled, a GPU is used where there is one"""
+    """if toggled, a GPU is used if there is one"""
     track: bool = False
     """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
     wandb_project_name: str = "LatentRL"
@@ -85,33 +85,33 @@ class Args:
     capture_video: bool = False
     """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
     runs_dir: str = "runs"
-    """the folder that run folders are created in"""
+    """the folder in which run folders are created"""
     run_name: str | None = None
     """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     eval_frequency: int = 2_500
-    """steps between two evaluations"""
+    """steps between evaluations"""
     eval_episodes: int = 100
-    """episodes of each evaluation, always on the same seeds"""
+    """episodes per evaluation, always with the same seeds"""
 
     # Algorithm specific arguments
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Platform-v0"
     """the environment: any Gymnasium id with a hybrid action space, `package:Name-v0` imports the package first"""
     total_timesteps: int | None = None
-    """environment steps of the learning phase (if left out: by environment; the random phase comes on top)"""
+    """environment steps of the learning phase (if left out: set per environment; the random phase is extra)"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (if left out: the environment's own limit)"""
+    """steps after which an episode is truncated (if left out: the environment's own limit)"""
     learning_rate: float = 3e-4
     """learning rate of the actor and the critics"""
     buffer_size: int | None = None
-    """newest transitions that the critics sample from (if left out: by environment); the VAE samples from all"""
+    """number of newest transitions that the critics sample (if left out: set per environment); the VAE samples all"""
     gamma: float = 0.99
     """the discount factor gamma"""
     bootstrap_at_limit: bool = True
-    """if toggled off, a time limit ends the value as a terminal state does, as in the original code"""
+    """if toggled off, a time limit counts as a terminal state, as in the original code"""
     tau: float = 0.005
     """target smoothing coefficient"""
     batch_size: int = 128
@@ -119,7 +119,7 @@ class Args:
     policy_noise: float = 0.1
     """standard deviation of the target policy's smoothing noise"""
     noise_clip: float = 0.5
-    """clip of the target policy's smoothing noise"""
+    """clipping bound of the target policy's smoothing noise"""
     exploration_noise: float = 0.1
     """standard deviation of the exploration noise, after a linear decay from 1"""
     exploration_noise_episodes: int = 1_000
@@ -129,15 +129,15 @@ class Args:
     policy_frequency: int = 2
     """critic updates per update of the actor and the targets"""
     policy_average: float = 5e-4
-    """rate of the moving average of the actor's weights, which is evaluated beside the actor and does not act"""
+    """rate of the moving average of the actor's weights, which is evaluated alongside the actor but does not act"""
     random_episodes: int | None = None
-    """episodes of the random phase, which the VAE is pre-trained on (if left out: by environment)"""
+    """episodes of the random phase, on which the VAE is pre-trained (if left out: set per environment)"""
     discrete_embedding: Literal["learned", "one-hot"] = "learned"
     """embedding of the discrete action: a trained table (the paper's) or fixed one-hot vectors"""
     discrete_latent_dim: int | None = None
-    """size of a discrete action's embedding (if left out: by environment; one-hot: the number of actions)"""
+    """size of a discrete action's embedding (if left out: set per environment; one-hot: the number of actions)"""
     parameter_latent_dim: int | None = None
-    """size of the VAE's latent for the action's parameters (if left out: by environment)"""
+    """size of the VAE's latent for the action's parameters (if left out: set per environment)"""
     vae_pretrain_steps: int = 5_000
     """gradient steps of the VAE on the random phase's transitions"""
     vae_batch_size: int = 64
@@ -145,7 +145,7 @@ class Args:
     vae_learning_rate: float = 1e-4
     """learning rate of the VAE"""
     vae_update_episodes: int | None = None
-    """episodes between two further VAE steps and updates of the latent range (if left out: by environment)"""
+    """episodes between further VAE steps, each with an update of the latent range (if left out: set per environment)"""
     parameter_weight: float = 2.0
     """weight of the parameters' reconstruction error in the VAE's loss"""
     state_weight: float = 1.0
@@ -153,18 +153,18 @@ class Args:
     kl_weight: float = 0.5
     """weight of the KL divergence (mean over batch and dimensions) in the VAE's loss"""
     latent_range_tail: float = 0.02
-    """share of latents outside of the latent range on each side (0.02: c = 96 % in the paper)"""
+    """fraction of latents outside the latent range on each side (0.02: c = 96 % in the paper)"""
     relabel: bool = True
-    """if toggled, latent actions that the current VAE would decode otherwise are replaced in each batch"""
+    """if toggled, latent actions that the current VAE would decode differently are replaced in each batch"""
     relabel_threshold: float = 5.0
     """a latent is replaced if its state-change error is above this many times the VAE's mean error"""
     relabel_in_latent_range: bool = True
-    """if toggled off, that error is of the policy's z as it stands, not scaled to the latent range (as the original)"""
+    """if toggled off, that error is computed at the policy's z, not scaled to the latent range (as in the original)"""
     rebuild_vae_optimizer: bool = False
     """if toggled, each VAE step uses a new Adam, as the original code does (for the ablation)"""
 
 
-DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "" holds what is not listed above it
+DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the original code's; "" applies where nothing is listed above
     "Goal": {"total_timesteps": 300_000, "random_episodes": 20_000},
     "HardGoal": {"total_timesteps": 300_000, "random_episodes": 20_000},
     "CatchPoint": {"total_timesteps": 1_000_000, "discrete_latent_dim": 4, "parameter_latent_dim": 4},
@@ -186,12 +186,12 @@ class HybridEnv(gym.Wrapper):
     """An environment with hybrid actions, as the networks see it.
 
     Observations are (S,) float32, scaled to about [-1, 1]. An action is `(k, x)`: its index k in 0..K-1 and parameters
-    x (P,) in [-1, 1], padded with zeros to the most that any action has; `mask` (K, P) is 1 where a parameter is.
+    x (P,) in [-1, 1], with zeros after the action's own; `mask` (K, P) is 1 at the parameters that an action has.
     The action space is `Tuple(Discrete(K), Tuple(Box, ..., Box))`, a Box per action, or `Tuple(Discrete(K), Box)`.
     """
 
     def __init__(self, env: gym.Env, scale: ObservationScale | None = None) -> None:
-        """Read sizes and bounds; `scale` is another environment's, to share. Raises ValueError for other spaces."""
+        """Read sizes and bounds; `scale` shares another environment's. Raises ValueError for other spaces."""
         check_spaces(env)
         super().__init__(Door(env))
         discrete, boxes = env.action_space.spaces
@@ -203,7 +203,7 @@ class HybridEnv(gym.Wrapper):
         self.parameter_dim = int(sizes.max())
         self.mask = np.float32(np.arange(self.parameter_dim) < sizes[:, None])
         self.bounds = [(box.low.reshape(-1).astype(float), box.high.reshape(-1).astype(float)) for box in self.boxes]
-        # Other actions' parameters are not read by the environment: any value inside of their bounds will do.
+        # The environment does not read other actions' parameters: any value within their bounds will do.
         self.others = tuple(((box.low + box.high) / 2).astype(box.dtype) for box in self.boxes)
         self.observation_dim = math.prod(env.observation_space.shape)
         self.scale = scale or ObservationScale(env)
@@ -220,19 +220,19 @@ class HybridEnv(gym.Wrapper):
 
     def observe(self, observation: Any) -> np.ndarray:
         """What the environment returned, as (S,) float32 and scaled. Raises RunError if it is not finite."""
-        with np.errstate(over="ignore"):  # too large for float32: refused below
+        with np.errstate(over="ignore"):  # too large for float32: rejected below
             array = np.asarray(observation, np.float32).reshape(-1)
         if array.size != self.observation_dim or not np.isfinite(array).all():
             expected = f"expected {self.observation_dim} finite numbers"
-            raise RunError(f"observation {observation} is not finite or of another size, {expected}, {self.env.where}")
+            raise RunError(f"observation {observation} is not finite or has another size, {expected}, {self.env.where}")
         return self.scale(array)
 
     def to_space(self, k: int, x: np.ndarray) -> tuple[int, Any]:
-        """Action `(k, x)` as the action space has it."""
+        """Action `(k, x)` in the action space's format."""
         box, (low, high) = self.boxes[k], self.bounds[k]
         scaled = low + (high - low) * (x[: len(low)].astype(float) + 1.0) / 2.0
         if np.issubdtype(box.dtype, np.integer):
-            scaled = np.rint(scaled)  # cut off, the upper bound would never be reached
+            scaled = np.rint(scaled)  # truncated, it would never reach the upper bound
         parameters = scaled.clip(low, high).astype(box.dtype).reshape(box.shape)
         if self.shared:
             return k + self.first_action, parameters
@@ -240,7 +240,7 @@ class HybridEnv(gym.Wrapper):
 
 
 def make_env(args: Args, scale: ObservationScale | None = None, video: bool = False) -> HybridEnv:
-    """Make the environment; `scale` is another's, to share. Raises ValueError with one line if that is not possible."""
+    """Make the environment; `scale` shares another's. Raises a one-line ValueError if that is not possible."""
     return HybridEnv(open_env(args, {"render_mode": "rgb_array"} if video else {}), scale)
 
 
@@ -248,8 +248,8 @@ def make_env(args: Args, scale: ObservationScale | None = None, video: bool = Fa
 class HybridActionVAE(nn.Module):
     """The hybrid action representation: an embedding table and a conditional VAE (section 3.1, figure 2).
 
-    Sizes: S observation, K discrete actions, P parameters, d1 embedding, d2 latent. Beside the weights it holds the
-    latent range of section 3.3, in which a policy's z in [-1, 1] is read, and its own mean state-change error.
+    Sizes: S observation, K discrete actions, P parameters, d1 embedding, d2 latent. Besides the weights, it holds
+    the latent range of section 3.3, to which the policy's z in [-1, 1] is scaled, and its mean state-change error.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class HybridActionVAE(nn.Module):
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """Of normal distributions from the standard one, each dimension by itself (B, d2), in nats."""
+    """The KL divergence of normal distributions from the standard normal, for each dimension (B, d2), in nats."""
     return 0.5 * (mean.square() + std.square() - 1.0) - std.log()
 
 
@@ -342,7 +342,7 @@ class Actor(nn.Sequential):
     """The policy (B, S) -> (B, d1 + d2) in (-1, 1): an embedding and a z (section 4, figure 3)."""
 
     def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
-        """Two hidden layers of 256; both heads of the original are one layer here."""
+        """Two hidden layers of 256; the original's two heads are one layer here."""
         super().__init__(
             nn.Linear(observation_dim, 256), nn.ReLU(True), nn.Linear(256, 256), nn.ReLU(True),
             nn.Linear(256, latent_action_dim), nn.Tanh(),
@@ -353,7 +353,7 @@ class TwinCritic(nn.Module):
     """Two Q functions of (observation, latent action) in one pass: twice as wide, block-diagonal in the middle."""
 
     def __init__(self, observation_dim: int, latent_action_dim: int) -> None:
-        """Each twin is drawn as three `nn.Linear` draw theirs; inputs -> 256 -> 256 -> 1."""
+        """Each twin is initialized as three `nn.Linear` layers are; inputs -> 256 -> 256 -> 1."""
         super().__init__()
         inputs = observation_dim + latent_action_dim
         twins = [[nn.Linear(*size) for size in ((inputs, 256), (256, 256), (256, 1))] for _ in range(2)]
@@ -373,7 +373,7 @@ class TwinCritic(nn.Module):
         return (hidden * self.weight3).sum(2) + self.bias3
 
     def first(self, observation: Tensor, latent_action: Tensor) -> Tensor:
-        """The first value alone (B,), which the actor climbs."""
+        """The first value alone (B,), which the actor maximizes."""
         inputs = torch.cat((observation, latent_action), 1)
         hidden = torch.addmm(self.bias1[0], inputs, self.weight1[0]).relu_()
         hidden = torch.addmm(self.bias2[0], hidden, self.weight2[0]).relu_()
@@ -400,7 +400,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, observation_dim: int, latent_action_dim: int, parameter_dim: int) -> None:
-        """An empty buffer, which grows."""
+        """An empty buffer, which grows as needed."""
         self.widths = [observation_dim, latent_action_dim, parameter_dim, 1, observation_dim, 1, 1]
         self.rows = torch.zeros(4_096, sum(self.widths))
         self.size = 0
@@ -419,7 +419,7 @@ class ReplayBuffer:
         return batch._replace(k=batch.k[:, 0].long(), reward=batch.reward[:, 0], terminated=batch.terminated[:, 0])
 
     def sample(self, oldest: int, batch_size: int, device: torch.device) -> Batch:
-        """Rows drawn uniformly from number `oldest` to the newest, with replacement."""
+        """Rows drawn uniformly, with replacement, from row `oldest` to the newest."""
         return self.columns(self.rows[torch.randint(oldest, self.size, (batch_size,))].to(device))
 
 
@@ -460,7 +460,7 @@ class HyARTD3(nn.Module):
     def act(self, observation: np.ndarray, noise: float = 0.0, average: bool = False) -> tuple[np.ndarray, ...]:
         """Latent actions (N, d1 + d2), action indices (N,) and parameters (N, P) for observations (N, S).
 
-        `noise` is the exploration noise's standard deviation; `average` takes the actor's moving average.
+        `noise` is the exploration noise's standard deviation; `average` uses the actor's moving average.
         """
         state = torch.from_numpy(observation).to(self.mask.device)
         latent_action = (self.average_actor if average else self.actor)(state)
@@ -491,9 +491,9 @@ class HyARTD3(nn.Module):
 
     @torch.no_grad()
     def update_latent_range(self, batch: Batch) -> None:
-        """Set the latent range (section 3.3) to what most of these rows' latents span; and `state_error`."""
+        """Set the latent range (section 3.3) to the span of most of these rows' latents, and update `state_error`."""
         vae, embedding, parts = self.vae, self.vae.discrete_embedding(), []
-        for columns in zip(*(column.split(500) for column in batch), strict=True):  # as much as fits the cache
+        for columns in zip(*(column.split(500) for column in batch), strict=True):  # as much as fits into the cache
             part = Batch(*columns)
             mean, std = vae.encode(part.observation, embedding[part.k], part.x)
             parts.append((mean + std * torch.randn_like(mean), kl_divergence(mean, std)))
@@ -548,7 +548,7 @@ class HyARTD3(nn.Module):
         return {"critic": loss.detach(), "q_value": values.detach().mean()}
 
     def update_actor(self, observation: Tensor) -> dict[str, Tensor]:
-        """One step up the first critic with inverted gradients.
+        """One step of gradient ascent on the first critic, with inverted gradients.
 
         The gradient towards a bound shrinks with the room that is left (Hausknecht and Stone, 2016).
         """
@@ -566,7 +566,7 @@ class HyARTD3(nn.Module):
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """The targets, and the actor's average, follow by a step."""
+        """Move the targets and the actor's average one step towards the trained networks."""
         torch._foreach_lerp_(self.targets, self.online, self.args.tau)
         self.actor_updates += 1  # the mean of all actors so far, until there are 1 / policy_average of them
         rate = max(self.args.policy_average, 1.0 / self.actor_updates)
@@ -575,7 +575,7 @@ class HyARTD3(nn.Module):
     def update(self, batch: Batch, noise: Tensor | None = None) -> dict[str, Tensor]:
         """`policy_frequency` critic updates on the parts of one large batch, then one actor update on the last part.
 
-        The targets and the VAE stand still in between, so one pass relabels and gives the targets of all parts.
+        The targets and the VAE do not change in between, so one pass relabels all parts and computes their targets.
         `noise` (B, 2 (d1 + d2)) is standard normal: half for relabelling, half for the target policy's smoothing.
         """
         if noise is None:
@@ -596,7 +596,7 @@ def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: 
     """Play one episode without noise in each environment, in lock-step, so that the policy sees one batch a step.
 
     Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. `success_rate` is
-    nan if no episode's last info tells of success; an episode that tells nothing where others do has none.
+    nan if no episode's last info reports success; if others do, an episode that does not counts as a failure.
     """
     count = len(environments)
     returns, lengths = np.zeros(count), np.zeros(count)
@@ -625,9 +625,9 @@ def evaluate(agent: HyARTD3, environments: list[HybridEnv], seed: int, average: 
 
 # Main ----------------------------------------------------------------------------------------------------------------
 EXPLORATION_NOISE_START = 1.0  # standard deviation in the first episode
-VAE_UPDATE_START = 1_000  # episode of the learning phase from which the VAE is trained further
-LATENT_RANGE_ROWS = 5_000  # transitions whose latents give the latent range
-STATE_ERROR_ROWS = 1_000  # of these, which give the mean error of the predicted state change: decoding is slow
+VAE_UPDATE_START = 1_000  # episode of the learning phase at which training of the VAE resumes
+LATENT_RANGE_ROWS = 5_000  # transitions from whose latents the latent range is computed
+STATE_ERROR_ROWS = 1_000  # of these, those that the mean state-change error is computed from: decoding is slow
 
 
 def random_phase(env: HybridEnv, buffer: ReplayBuffer, args: Args, run: Run) -> None:
@@ -652,7 +652,7 @@ def random_phase(env: HybridEnv, buffer: ReplayBuffer, args: Args, run: Run) -> 
     buffer.random_size = buffer.size
     rows = buffer.columns(buffer.rows[: buffer.size])
     env.scale.fit(rows.observation.numpy())
-    for column in (rows.observation, rows.next_observation):  # views of the buffer; what has bounds is scaled already
+    for column in (rows.observation, rows.next_observation):  # views of the buffer; bounded ones are scaled already
         unbounded = torch.from_numpy(env.scale.unbounded)
         column[:, unbounded] = torch.from_numpy(env.scale(column.numpy()))[:, unbounded]
 
@@ -668,7 +668,7 @@ def main(args: Args) -> Path:
     with Run(args) as run:
         run.say(f"{run.name}: " + ", ".join(f"{name} {getattr(args, name):,}" for name in DEFAULTS_BY_ENVIRONMENT[""]))
         device = set_up_torch(args)
-        torch.set_num_threads(1)  # these products are too small for two threads
+        torch.set_num_threads(1)  # these matrix products are too small for two threads
         agent = HyARTD3(args, env, device)
         buffer = ReplayBuffer(env.observation_dim, agent.latent_action_dim, env.parameter_dim)
         recent: deque[tuple[float, int]] = deque(maxlen=100)  # return and length of the last episodes
@@ -677,11 +677,11 @@ def main(args: Args) -> Path:
         episode_return = 0.0
 
         def start_episode() -> np.ndarray:
-            """The first observation of an episode of the learning phase; the random phase has the first seeds."""
+            """The first observation of an episode of the learning phase; the random phase took the first seeds."""
             return env.reset(seed=episode_seed(args.seed, args.random_episodes + episode))[0]
 
         def evaluate_agent() -> None:
-            """Evaluate the actor and its average, and keep the best model; a signal may end this anywhere."""
+            """Evaluate the actor and its average, and keep the best model; a signal may interrupt this anywhere."""
             metrics = evaluate(agent, evaluation_envs, args.seed)
             averaged = evaluate(agent, evaluation_envs, args.seed, average=True)
             for name in ("episodic_return", "success_rate"):
@@ -719,7 +719,7 @@ def main(args: Args) -> Path:
 
         first_step = step
         mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
-        run.steps_per_second(step)  # counts from here
+        run.steps_per_second(step)  # the rate counts from here
         while True:
             decay = min(1.0, episode / args.exploration_noise_episodes)
             noise = EXPLORATION_NOISE_START + decay * (args.exploration_noise - EXPLORATION_NOISE_START)
@@ -727,7 +727,7 @@ def main(args: Args) -> Path:
             evaluating = step > 0 and (last or step % args.eval_frequency == 0)
             saving = step > first_step and (last or step % args.checkpoint_frequency == 0)
             if step > first_step and (evaluating or saving or run.signal or step % 1_000 == 0):
-                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                # Losses are read only here; one that is not finite ends the run before it can reach a checkpoint.
                 run.log(step, {
                     **{f"losses/{name}": value for name, value in losses.items()},
                     **latent_statistics(agent, buffer.columns(buffer.rows[: buffer.random_size][:32].to(device))),
@@ -737,7 +737,7 @@ def main(args: Args) -> Path:
                 })  # fmt: skip
             if evaluating and not run.evaluated(step):
                 run.unless_stopped(evaluate_agent)
-            stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+            stopping = bool(run.signal)  # a later signal stops the run in the next step, after its checkpoint
             if saving or stopping:
                 run.save_checkpoint(step, {
                     **learning_state(agent, env, buffer), "episode": episode, "episode_length": episode_length,
@@ -751,7 +751,7 @@ def main(args: Args) -> Path:
 
             step += 1
             latent_action, k, x = (value[0] for value in agent.act(observation[None], noise))
-            if not np.isfinite(x).all():  # diverged: name the loss, if it shows there already
+            if not np.isfinite(x).all():  # diverged: name the loss, if one is not finite already
                 run.log(step, {f"losses/{name}": value for name, value in losses.items()})
                 raise RunError(f"step {step}: the policy's parameters are {x}; try a smaller learning rate")
             next_observation, reward, terminated, truncated, _ = env.step((int(k), x))
@@ -801,9 +801,9 @@ def main(args: Args) -> Path:
 
 # Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
 def check(args: Args) -> None:
-    """Fill in what depends on the environment, and raise ValueError, with one line, for what can't work."""
+    """Fill in the environment's defaults. Raises a one-line ValueError for settings that can't work."""
     if args.discrete_embedding == "one-hot" and args.discrete_latent_dim is not None:
-        raise ValueError("--discrete-latent-dim: one-hot embeddings have one dimension an action; leave it out")
+        raise ValueError("--discrete-latent-dim: one-hot embeddings have one dimension per action; leave it out")
     name = args.env_id.rpartition(":")[2].split("-v")[0].rstrip("0123456789")
     for field, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(name, {})}.items():
         if getattr(args, field) is None:
@@ -825,7 +825,7 @@ def check(args: Args) -> None:
 def check_memory(args: Args) -> None:
     """Raise ValueError if the sizes alone need more memory than this machine has."""
     latent = args.discrete_latent_dim + args.parameter_latent_dim
-    row, activations = 4.0 * (latent + 6), 4.0 * 3_000  # bytes a transition, and of what an update keeps of it
+    row, activations = 4.0 * (latent + 6), 4.0 * 3_000  # bytes of a transition, and of its activations in an update
     needed = {
         "total_timesteps": row * args.total_timesteps,
         "random_episodes": row * args.random_episodes,
@@ -833,7 +833,7 @@ def check_memory(args: Args) -> None:
         "vae_batch_size": activations * args.vae_batch_size,
         "discrete_latent_dim": 4.0 * 40 * 256 * args.discrete_latent_dim,  # weights, gradients, moments, targets
         "parameter_latent_dim": 4.0 * 40 * 256 * args.parameter_latent_dim,
-        "eval_episodes": 5_000.0 * args.eval_episodes,  # an environment each
+        "eval_episodes": 5_000.0 * args.eval_episodes,  # one environment each
     }
     memory, total = machine_memory(), sum(needed.values())
     if total > memory:
@@ -842,13 +842,13 @@ def check_memory(args: Args) -> None:
         raise ValueError(f"{sizes}; lower --{largest.replace('_', '-')}")
 
 
-UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+UNBOUNDED = 1e6  # bounds beyond this, such as inf or float32's largest number, count as none
 
 
 class ObservationScale:
-    """Scales observations to about [-1, 1]: by the space's bounds, or narrower ones that the environment names.
+    """Scales observations to about [-1, 1]: by the space's bounds, or narrower ones that the environment declares.
 
-    Where there are none, an observation stays as it is until `fit` has seen what it looks like.
+    Dimensions without bounds are not scaled until `fit` has seen observations.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -867,19 +867,19 @@ class ObservationScale:
         return (observation - self.center) / self.width
 
     def fit(self, observations: np.ndarray) -> None:
-        """Scale unbounded dimensions by mean and deviation of these observations (N, S), for good."""
+        """From now on, scale unbounded dimensions by mean and standard deviation of these observations (N, S)."""
         mean = observations.mean(0, dtype=np.float64)
         deviation = observations.std(0, dtype=np.float64)
-        deviation[deviation < 1e-6] = 1.0  # never moved: no measure of how far it may go
+        deviation[deviation < 1e-6] = 1.0  # it never changed, so its range is unknown
         self.center = np.where(self.unbounded, mean, self.center).astype(np.float32)
         self.width = np.where(self.unbounded, deviation, self.width).astype(np.float32)
 
 
 # --- same text in the scripts that act: door (home: hyar_td3.py; see make sync) ---
 class Door(gym.Wrapper):
-    """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
+    """Ensures what an environment should return: finite float rewards, success under one name, episodes that end.
 
-    Raises RunError, with the reset seed of the episode, for what cannot be handed on.
+    Raises RunError, with the reset seed of the episode, where that is impossible.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -888,12 +888,12 @@ class Door(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
+        """One step; at an episode's last, `info` has `is_success` if the environment reports success in any form."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.steps += 1
         reward = np.asarray(reward, np.float64)
-        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
-            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # rejects nan, too; 3.4e38 is float32's limit
+            raise RunError(f"reward {reward} is not a finite number in float32, {self.where}")
         if self.steps == 100_000 and not (terminated or truncated):
             raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
         success = info.get("is_success", info.get("success"))
@@ -906,7 +906,7 @@ class Door(gym.Wrapper):
 
 
 def open_env(args: Args, options: dict[str, Any]) -> gym.Env:
-    """`gym.make`. Raises ValueError with one line, if the environment is unknown or cannot be made."""
+    """`gym.make`. Raises a one-line ValueError if the environment is unknown or cannot be made."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that `mine:Name-v0` finds the user's mine.py
     if args.max_episode_steps:
@@ -917,12 +917,12 @@ def open_env(args: Args, options: dict[str, Any]) -> gym.Env:
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like Platform-v0 or package:Name-v0"
         raise ValueError(f"unknown environment {args.env_id} ({str(error).rstrip('.')}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
+    except Exception as error:  # whatever a third-party environment raises, it concerns this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
 
 
 def check_spaces(env: gym.Env) -> None:
-    """Raise ValueError, with what was expected, for spaces that are not a hybrid problem's."""
+    """Raise ValueError, with what was expected, for spaces other than a hybrid action problem's."""
     space, expected = env.action_space, "expected Tuple(Discrete, Tuple(Box, ...)) or Tuple(Discrete, Box) actions"
     if isinstance(space, gym.spaces.Box):
         raise ValueError(f"{expected}, got a Box; for continuous control see sac_ae_pixels.py")
@@ -946,12 +946,12 @@ def check_spaces(env: gym.Env) -> None:
 
 
 def probe(args: Args) -> HybridEnv:
-    """An environment that has taken a step, and drawn a picture if it has to. Raises ValueError with one line."""
+    """Make the environment and try a step, and a picture if videos are wanted. Raises a one-line ValueError."""
     env = make_env(args)
     try:
         env.reset(seed=0)
         env.step((0, np.zeros(env.parameter_dim)))
-    except Exception as error:  # whatever a third party's environment raises
+    except Exception as error:  # whatever a third-party environment raises
         raise ValueError(
             f"{args.env_id} does not work as a Gymnasium environment: {type(error).__name__}: {error}"
         ) from None
@@ -965,12 +965,12 @@ def probe(args: Args) -> HybridEnv:
         drawn.close()
         if drawn.render_mode != "rgb_array" or not isinstance(picture, np.ndarray):
             mode = f"render_mode {drawn.render_mode}"
-            raise ValueError(f"{args.env_id} draws no rgb_array ({mode}); leave out --capture-video")
+            raise ValueError(f"{args.env_id} does not render rgb_array ({mode}); leave out --capture-video")
     return env
 
 
 def learning_state(agent: HyARTD3, env: HybridEnv, buffer: ReplayBuffer) -> dict[str, Any]:
-    """What a checkpoint holds of them; another network or optimizer of the agent is in it by itself."""
+    """What a checkpoint holds of them; a network or optimizer added to the agent is included automatically."""
     return {
         "agent": agent.state_dict(),
         "actor_updates": agent.actor_updates,
@@ -1004,17 +1004,17 @@ def replay(env: HybridEnv, actions: Batch) -> np.ndarray | None:
 
 
 def model_state(agent: HyARTD3, scale: ObservationScale) -> dict[str, Any]:
-    """What playing needs: the weights, and the observations' scale."""
+    """What is needed to play: the weights, and the observations' scale."""
     scales = {"center": torch.from_numpy(scale.center), "width": torch.from_numpy(scale.width)}
     return {"agent": agent.state_dict(), **scales}
 
 
 @torch.inference_mode()
 def latent_statistics(agent: HyARTD3, batch: Batch) -> dict[str, float]:
-    """How far the embedding has moved, what the latent holds, and how much of the parameters it can reach.
+    """How far the embedding has moved, what the latent holds, and how much of the parameters' range it can reach.
 
-    `charts/latent_reach` is the mean width, of 2, of the parameters that z in [-1, 1] decodes into; `batch` gives
-    states and actions to measure it in.
+    `charts/latent_reach` is the mean width (at most 2) of the range of parameters that z in [-1, 1] decodes into,
+    measured at the states and actions of `batch`.
     """
     vae, count, draws = agent.vae, len(batch.k), 256
     z = torch.rand(count * draws, agent.latent_dim, generator=torch.Generator().manual_seed(0)).to(batch.k.device)
@@ -1032,11 +1032,11 @@ def latent_statistics(agent: HyARTD3, batch: Batch) -> dict[str, float]:
 
 
 def record_videos(agent: HyARTD3, args: Args, scale: ObservationScale, folder: Path) -> list[Path]:
-    """Play the averaged policy's first three evaluation episodes in environments that are recorded; the mp4 files."""
+    """Record the averaged policy's first three evaluation episodes, and return the mp4 files."""
     videos = []
     for i in range(min(3, args.eval_episodes)):
         env, options = make_env(args, scale, video=True), {"episode_trigger": lambda _: True, "disable_logger": True}
-        with warnings.catch_warnings(action="ignore"):  # that the folder exists
+        with warnings.catch_warnings(action="ignore"):  # it warns that the folder exists
             videos.append(gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"evaluation-{i}", **options))
     evaluate(agent, videos, args.seed, average=True)
     for video in videos:
@@ -1103,23 +1103,23 @@ class RunError(ValueError):
 
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    print("error:", *message.split(), file=sys.stderr)  # messages of other packages may have several lines
     raise SystemExit(2)
 
 
 def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    """Raise ValueError for a number outside its bounds (at least 0 if `least` has none) or float32's range."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
             low, high = least.get(name, 0), most.get(name, limit)
-            if not low <= value <= high:  # nan is not, either
+            if not low <= value <= high:  # rejects nan, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def machine_memory() -> float:
-    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    """The machine's memory in bytes; infinite on a system that does not report it, such as Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -1131,7 +1131,7 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -1168,7 +1168,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         try:
             while not args.run_name and self.folder.exists():
-                self.name += "_"  # another run began in this second
+                self.name += "_"  # another run began in the same second
                 self.folder = Path(args.runs_dir) / self.name
             found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
@@ -1186,7 +1186,7 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, deep nesting
             reason = getattr(error, "strerror", None) or error
             usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -1198,17 +1198,17 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print ± must not end a run
 
     def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
         self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+        try:  # not flock, which children inherit: one that outlives this process would keep the lock
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
         except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}); do not start another run in it", file=sys.stderr)
 
     def describe(self) -> None:
         """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
@@ -1223,7 +1223,7 @@ class Run:
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
     def start_wandb(self, args: Args) -> None:
-        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may hold an earlier run."""
         try:
             import wandb
 
@@ -1267,7 +1267,7 @@ class Run:
             self.at_once = False
 
     def say(self, text: str) -> None:
-        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        """Print a line. A closed pipe (`| head`) stops the run as SIGTERM does."""
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -1302,11 +1302,11 @@ class Run:
             self.wandb.log({**metrics, "global_step": step})
 
     def evaluated(self, step: int) -> bool:
-        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        """Whether this step has been evaluated; an interrupted evaluation does not count."""
         return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        """Log an evaluation and write `eval.csv` (without clock times, so that equal runs write equal files)."""
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.eval_rows.append({"step": step, **metrics})
         self.write_evaluations()
@@ -1326,18 +1326,18 @@ class Run:
             self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
+        """Also show videos of the run folder in wandb."""
         if self.wandb and paths:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
     def save_model(self, name: str, state: dict[str, Any]) -> None:
-        """Write weights alone, and the arguments, from which the agent can be built again."""
+        """Write only the weights, and the arguments from which the agent can be rebuilt."""
         content = {**state, "arguments": json.dumps(self.settings)}
         write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        """Write `state` (tensors, numbers and strings only) and this block's own state to `checkpoint.pt`."""
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
@@ -1346,16 +1346,16 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+        except (OSError, RuntimeError) as error:  # the disk is full: the previous checkpoint is still intact
             raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is of another script or other arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         finished = False
         try:
             if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
@@ -1365,7 +1365,7 @@ class Run:
                 script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise nearly anything
             self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
@@ -1379,18 +1379,18 @@ class Run:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        """Any error in here is the checkpoint's fault: exits 2 with one line. Restores the random state."""
         try:
             yield
             torch.set_rng_state(self.checkpoint["torch_rng"])
             if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            self.write_evaluations()  # a killed run may have written further
+            self.write_evaluations()  # a killed run may have written more rows
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
+        """Exit 2: a file in the run folder is not as it was written."""
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
@@ -1401,9 +1401,9 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
-        """Make what comes after training, and mark the checkpoint as finished.
+        """Do what comes after training, and mark the checkpoint as finished.
 
-        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        If one of `extras` fails, that is a warning: training is done. A signal stops them; a resumed run begins here.
         """
         for extra in extras:
             try:
@@ -1419,7 +1419,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        """Close everything and restore the signal handlers. A RunError or a full disk ends in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()

@@ -1,8 +1,8 @@
 """PLAS from pixels: offline reinforcement learning with a policy in the latent action space of a VAE.
 
 A VAE of the dataset's actions keeps the policy close to the data. One encoder turns pictures into features for the
-critics, the VAE and the policy; `--encoder-signal` chooses the losses that train it, which matters much (see the docs).
-`--policy argmax` acts by the best of several sampled actions instead (BCQ without perturbation, EMaQ).
+critics, the VAE and the policy; `--encoder-signal` sets the losses that train it, which matters a lot (see the docs).
+`--policy argmax` takes the best of several sampled actions instead (BCQ without perturbation, EMaQ).
 
 Papers: Zhou et al., "PLAS: Latent Action Space for Offline Reinforcement Learning", CoRL 2020,
 https://arxiv.org/abs/2011.07213; Fujimoto et al., "Off-Policy Deep Reinforcement Learning without Exploration",
@@ -81,7 +81,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = True
-    """if toggled, a GPU is used where there is one"""
+    """if toggled, a GPU is used if there is one"""
     track: bool = False
     """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
     wandb_project_name: str = "LatentRL"
@@ -91,31 +91,31 @@ class Args:
     capture_video: bool = False
     """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
     runs_dir: str = "runs"
-    """the folder that run folders are created in"""
+    """the folder in which run folders are created"""
     run_name: str | None = None
     """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 2_000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     eval_frequency: int = 2_000
-    """steps between two evaluations"""
+    """steps between evaluations"""
     eval_episodes: int = 20
-    """episodes of each evaluation, always on the same seeds"""
+    """episodes per evaluation, always with the same seeds"""
 
     # Algorithm specific arguments
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "DotHazard-v0"
-    """the dataset's environment, for evaluation: it has a Box action space, and observes pictures or renders"""
+    """the dataset's environment, for evaluation: it needs a Box action space, and to observe pictures or render them"""
     dataset: str = "medium"
-    """an npz file, a folder of them, or one of npy files, read from the disk; DotHazard-v0: random, medium, expert"""
+    """an npz file, a folder of them, or a folder of npy files (read from disk); DotHazard-v0: random, medium, expert"""
     collect: str | None = None
-    """random: collect --dataset by random actions if it is missing (benchmark/plas_data.py has better policies)"""
+    """random: collect --dataset with random actions if it is missing (benchmark/plas_data.py has better policies)"""
     collect_steps: int = 15_000
     """transitions to collect (agent steps: an action that is repeated counts once)"""
     total_timesteps: int = 10_000
     """gradient steps"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (if left out: the environment's own limit)"""
+    """steps after which an episode is truncated (if left out: the environment's own limit)"""
     encoder_signal: str = "both"
     """what trains the encoder: critic, vae, both, separate (an encoder each), reconstruction (of pictures) or none"""
     policy: Literal["latent", "argmax"] = "latent"
@@ -123,35 +123,35 @@ class Args:
     learning_rate: float = 1e-3
     """learning rate of the encoder, the critics and the VAE"""
     gamma: float | None = None
-    """the discount factor gamma (if left out: by environment)"""
+    """the discount factor gamma (if left out: set per environment)"""
     tau: float = 0.005
     """target smoothing coefficient"""
     batch_size: int | None = None
-    """batch size (if left out: by environment)"""
+    """batch size (if left out: set per environment)"""
     soft_minimum: float = 0.75
-    """weight of the smaller of both target values; the larger one has the rest (BCQ's lambda)"""
+    """weight of the smaller of the two target values; the larger one gets the rest (BCQ's lambda)"""
     max_latent_action: float = 2.0
     """bound of the latent policy's z (PLAS, section 4)"""
     candidates: int = 10
     """actions sampled for each next state with --policy argmax"""
     kl_weight: float = 0.5
-    """weight of the VAE's KL divergence (mean over batch and dimensions) beside the actions' squared error"""
+    """weight of the VAE's KL divergence (mean over batch and dimensions) relative to the actions' squared error"""
     pretrain_steps: int = 0
-    """first gradient steps, which train the VAE (and its encoder, if its loss does) but neither critics nor policy"""
+    """initial gradient steps, which train the VAE (and its encoder, if its loss does) but neither critics nor policy"""
     image_size: int = 64
-    """height and width of rendered pictures; an environment or dataset whose observations are pictures keeps theirs"""
+    """height and width of rendered pictures; observations that are pictures already keep their size"""
     camera: int | None = None
     """the camera of dm_control (if left out: 0; quadruped 2)"""
     action_repeat: int | None = None
-    """environment steps that an action is repeated for (if left out: by environment)"""
+    """environment steps for which an action is repeated (if left out: set per environment)"""
     frame_stack: int | None = None
-    """newest pictures that make an observation (if left out: by environment)"""
+    """number of newest pictures in an observation (if left out: set per environment)"""
     random_shift: int | None = None
-    """largest random shift of pictures in training, in pixels (if left out: by environment)"""
+    """largest random shift of pictures in training, in pixels (if left out: set per environment)"""
     num_layers: int | None = None
-    """convolutions of the encoder (if left out: by environment)"""
+    """convolutions of the encoder (if left out: set per environment)"""
     num_filters: int | None = None
-    """filters of each convolution (if left out: by environment)"""
+    """filters of each convolution (if left out: set per environment)"""
     feature_dim: int = 50
     """size of the encoder's output"""
     hidden_dim: int = 256
@@ -162,12 +162,12 @@ class Args:
     """if toggled, networks compute in bfloat16 (weights, losses and optimizers stay in float32)"""
 
 
-DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" holds what is not listed above it
+DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int | float]] = {  # "" applies where nothing is listed above
     "DotHazard": {
         "gamma": 0.9, "batch_size": 64, "action_repeat": 1, "frame_stack": 1, "random_shift": 0,
         "num_layers": 2, "num_filters": 16,
     },
-    # As in SAC+AE's paper, with which these tasks are usually compared.
+    # As in SAC+AE's paper, the usual comparison on these tasks.
     "dm_control/cartpole": {"action_repeat": 8},
     **{f"dm_control/{name}": {"action_repeat": 4} for name in ("reacher", "cheetah", "ball_in_cup")},
     "dm_control/quadruped": {"camera": 2},
@@ -190,9 +190,9 @@ SIGNALS: dict[str, frozenset[str]] = {  # the losses whose gradient reaches an e
 # Environment ---------------------------------------------------------------------------------------------------------
 # --- same text in the scripts that act: door (home: hyar_td3.py; see make sync) ---
 class Door(gym.Wrapper):
-    """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
+    """Ensures what an environment should return: finite float rewards, success under one name, episodes that end.
 
-    Raises RunError, with the reset seed of the episode, for what cannot be handed on.
+    Raises RunError, with the reset seed of the episode, where that is impossible.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -201,12 +201,12 @@ class Door(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
+        """One step; at an episode's last, `info` has `is_success` if the environment reports success in any form."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.steps += 1
         reward = np.asarray(reward, np.float64)
-        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
-            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # rejects nan, too; 3.4e38 is float32's limit
+            raise RunError(f"reward {reward} is not a finite number in float32, {self.where}")
         if self.steps == 100_000 and not (terminated or truncated):
             raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
         success = info.get("is_success", info.get("success"))
@@ -222,11 +222,11 @@ class Door(gym.Wrapper):
 class PixelEnv(gym.Wrapper):
     """An environment as an agent with a camera sees it.
 
-    Observations are the newest frames (3 frame_stack, H, W) uint8, an episode's first one repeated where there are not
-    enough yet; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards add up. `info["state"]` is the
-    true state (S,): what the environment calls so, or the observation that the picture replaces.
+    Observations are the newest frames (3 frame_stack, H, W) uint8, with an episode's first one repeated until there
+    are enough; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards are summed. `info["state"]` is
+    the true state (S,): the environment's own `info["state"]`, or the observation that the picture replaces.
 
-    An environment whose observations are pictures (H, W, 3) uint8 keeps them; others are drawn, as (S, S).
+    An environment whose observations are pictures (H, W, 3) uint8 keeps them; others are rendered at `image_size`.
     """
 
     render_mode = "rgb_array"
@@ -263,24 +263,24 @@ class PixelEnv(gym.Wrapper):
         return self.observation, reward, terminated, truncated, self.with_state(state, info)
 
     def with_state(self, state: Any, info: dict[str, Any]) -> dict[str, Any]:
-        """`info` with `state`, where there is one that can be a vector."""
+        """`info` with `state`, if there is one that can be flattened to a vector."""
         space = self.env.observation_space
         return {"state": gym.spaces.flatten(space, state), **info} if space.is_np_flattenable else info
 
     def frame(self, state: Any) -> np.ndarray:
-        """What is seen now: (3, H, W) uint8. Raises RunError if that is no picture."""
+        """The current frame (3, H, W) uint8. Raises RunError if it is not a picture."""
         return as_picture(self.draw() if self.drawn else state, self.size).transpose(2, 0, 1)
 
     def render(self) -> np.ndarray:
-        """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged."""
+        """A picture for a video (H, W, 3) uint8: the environment's own, or else the agent's frame, enlarged."""
         self.video_size, picture = video_picture(self.env, self.observation[-3:], self.video_size)
         return picture
 
 
 def make_env(args: Args, video: bool = False) -> PixelEnv:
-    """Make the environment and play a step. Raises ValueError with one line, if that is not possible.
+    """Make the environment and play a step. Raises a one-line ValueError if that is not possible.
 
-    With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
+    With `video`, `render()` gives larger pictures than the agent sees, if the environment can render them.
     """
     env = PixelEnv(open_environment(args, max(256, args.image_size) if video else args.image_size), args)
     probe(env)
@@ -293,7 +293,7 @@ def make_env(args: Args, video: bool = False) -> PixelEnv:
 # Networks ------------------------------------------------------------------------------------------------------------
 # --- same text in both pixel scripts: layers (home: sac_ae_pixels.py; see make sync) ---
 class Output(nn.Linear):
-    """A linear layer that computes in float32 whatever autocast says: values of Q need more than bfloat16's 8 bits."""
+    """A linear layer that computes in float32 whatever autocast says: Q values need more than bfloat16's 8 bits."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs) float32."""
@@ -419,7 +419,7 @@ class Critic(nn.Module):
 
 # Dataset -------------------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
-    """Transitions: pictures (B, C, H, W) uint8, (B, A), (B,), next pictures, and (B,) 0 where the episode ended."""
+    """Transitions: pictures (B, C, H, W) uint8, (B, A), (B,), next pictures, discount (B,), 0 where an episode ends."""
 
     observation: Tensor
     action: Tensor
@@ -441,13 +441,13 @@ class Dataset:
     """Transitions from pixels, each picture held once as uint8.
 
     An episode of T transitions has T + 1 rows. As in V-D4RL, row t holds a picture and what led to it: the action and
-    the reward *before* that picture. Of an episode's first row, only the picture has a meaning.
+    the reward *before* that picture. In an episode's first row, only the picture is meaningful.
     """
 
     def __init__(self, columns: dict[str, np.ndarray], frame_stack: int) -> None:
         """`columns` are `image` (M, H, W, 3), `action` (M, A), `reward`, `discount`, `is_first` (M,): see `load`.
 
-        Pictures are not copied; those that are mapped from the disk stay there.
+        Pictures are not copied; memory-mapped ones stay on the disk.
         """
         self.mapped = isinstance(columns["image"], np.memmap)
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
@@ -524,7 +524,7 @@ class PLAS(nn.Module):
         }
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 products with `--bf16`; weights, losses and optimizers stay in float32."""
+        """bfloat16 matrix products with `--bf16`; weights, losses and optimizers stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def draw_noise(self, batch_size: int) -> dict[str, Tensor]:
@@ -536,15 +536,15 @@ class PLAS(nn.Module):
         return noise
 
     def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The features (B, F) for critics and policy, and those for the VAE: the same but with `separate`."""
+        """The features (B, F) for critics and policy, and those for the VAE: the same unless with `separate`."""
         feature = self.encoder(pictures)
         return feature, feature if self.vae_encoder is self.encoder else self.vae_encoder(pictures)
 
     def proposals(self, pictures: Tensor, policy: LatentPolicy, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Actions (B * N, A) to choose from, and the features (B * N, F) of their states.
 
-        Without `noise`, the policy's action (N = 1). With standard normal `noise` (B, N, L), N actions decoded from it,
-        clipped to [-0.5, 0.5] as in BCQ's code, so that they stay close to the data's.
+        Without `noise`, the policy's action (N = 1). With standard normal `noise` (B, N, L), N actions decoded from the
+        noise clipped to [-0.5, 0.5], as in BCQ's code, so that they stay close to the data's.
         """
         feature, vae_feature = self.views(pictures)
         if noise is None:
@@ -554,8 +554,8 @@ class PLAS(nn.Module):
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: dict[str, Tensor]) -> Tensor:
-        """The critics' target (B,): a weighted minimum of both target values (BCQ, equation 13)."""
-        # A context of its own: autocast caches its copies of weights, and those made here pass no gradient.
+        """The critics' target (B,): a soft minimum of the two target values (BCQ, equation 13)."""
+        # A context of its own: autocast caches its copies of weights, and those made here carry no gradient.
         with self.autocast():
             action, feature = self.proposals(batch.next_observation, self.target_policy, noise.get("candidates"))
             value, weight = self.target_critic(feature, action), self.args.soft_minimum
@@ -709,7 +709,7 @@ def main(args: Args) -> Path:
         if not run.checkpoint:
             run.unless_stopped(lambda: seen.update(levels=reference_levels(env, dataset, args)))
         if run.signal:
-            run.stop()  # nothing has been learnt
+            run.stop()  # nothing has been learnt yet
         if run.checkpoint:
             with run.restoring():
                 if run.checkpoint["dataset"] != digest:
@@ -735,12 +735,12 @@ def main(args: Args) -> Path:
             return {"agent": agent.state_dict(), **optimizers, "dataset": digest, "levels": seen["levels"]}
 
         losses: dict[str, Tensor] = {}
-        run.writer.add_text("losses/td", "Not comparable between encoder signals; see q_error for how right Q is")
+        run.writer.add_text("losses/td", "Not comparable between encoder signals; see q_error for how accurate Q is")
         while True:
             last = step == args.total_timesteps
             if step and (last or step % args.eval_frequency == 0) and not run.evaluated(step):
                 run.unless_stopped(evaluate_agent)
-            stopping = bool(run.signal)  # one that comes later than this is seen after the next step
+            stopping = bool(run.signal)  # a signal that comes later than this is seen after the next step
             if stopping or (step and (last or step % args.checkpoint_frequency == 0)):
                 run.save_checkpoint(step, state())
             if stopping and not (last and run.evaluated(step)):
@@ -753,7 +753,7 @@ def main(args: Args) -> Path:
             run.progress(step, f"return {run.eval_rows[-1]['episodic_return']:.2f}" if run.eval_rows else "")
             every = 500, args.eval_frequency, args.checkpoint_frequency, args.total_timesteps
             if run.signal or not all(step % frequency for frequency in every):
-                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                # Losses are read only here; one that is not finite ends the run before it can reach a checkpoint.
                 run.log(step, {f"losses/{name}": value for name, value in losses.items()})
                 charts = {f"charts/{name}": value for name, value in gradient_statistics(agent, batch).items()}
                 run.log(step, {"charts/SPS": run.steps_per_second(step), **charts})
@@ -777,7 +777,7 @@ def main(args: Args) -> Path:
 
 # Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
 def check(args: Args) -> None:
-    """Fill in the environment's defaults. Raises ValueError with one line about what cannot work."""
+    """Fill in the environment's defaults. Raises a one-line ValueError about what cannot work."""
     args.env_id = re.sub(r"^([a-z]\w*-(?!v\d+$)[a-z]\w*)$", r"dm_control/\1-v0", args.env_id)  # finger-spin
     own = DEFAULTS_BY_ENVIRONMENT.get(args.env_id.split("-")[0], {})
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **own}.items():
@@ -805,13 +805,13 @@ def check(args: Args) -> None:
 
 
 def need(holds: bool, message: str) -> None:
-    """Raise ValueError with this line if something does not hold."""
+    """Raise ValueError with this line unless the condition holds."""
     if not holds:
         raise ValueError(message)
 
 
 def check_memory(needs: dict[str, float]) -> None:
-    """Raise ValueError if what these need, in bytes by name, is more than the machine's memory."""
+    """Raise ValueError if these needs, in bytes by name, add up to more than the machine's memory."""
     name, memory = max(needs, key=needs.get), machine_memory()
     sizes = f"about {needs[name] / 2**30:,.1f} GiB of memory, and this machine has {memory / 2**30:,.1f}"
     need(sum(needs.values()) <= memory, f"{name} needs {sizes}; take less")
@@ -826,7 +826,7 @@ def check_pictures(args: Args, env: PixelEnv) -> None:
 
 # Measures of the study -----------------------------------------------------------------------------------------------
 def gradient_statistics(agent: PLAS, batch: Batch) -> dict[str, float]:
-    """Norms of the losses' gradients in the encoder, whether they train it or not; the cosine of critic's and VAE's.
+    """Norms of the losses' gradients in the encoder, whether they train it or not; cosine of critic's and VAE's.
 
     With `separate` each is in its own encoder, and there is no cosine. Draws nothing from training's random stream.
     """
@@ -871,7 +871,7 @@ def linear_probe(agent: PLAS, pictures: np.ndarray, states: np.ndarray) -> float
 
 
 def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, float]:
-    """Mean returns of the data's behaviour, of random actions and, where the environment has one, of its expert."""
+    """Mean returns of the behaviour policy, of random actions and, if the environment has one, of its expert."""
     levels = {"behaviour": float(dataset.returns.mean())}
     policies: dict[str, Callable] = {"random": uniform(env, np.random.default_rng(args.seed))}
     if hasattr(env.unwrapped, "expert_action"):
@@ -883,7 +883,7 @@ def reference_levels(env: PixelEnv, dataset: Dataset, args: Args) -> dict[str, f
 
 
 def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
-    """`pictures` and `states` of short random episodes, which show the probe more than a policy visits."""
+    """`pictures` and `states` of short random episodes, which show the probe more states than a policy visits."""
     wide = collect(env, 2_000, args.seed + 1, longest=10)
     stacks = Dataset(wide, args.frame_stack)
     pictures = stacks.batch(torch.arange(len(stacks.rows))).observation.numpy()
@@ -891,18 +891,18 @@ def play_at_random(env: PixelEnv, args: Args) -> dict[str, np.ndarray]:
 
 
 def measure(agent: PLAS, fixed: Batch, pictures: np.ndarray, states: np.ndarray, levels: dict[str, float]) -> dict:
-    """What an evaluation logs beside returns and values: on a fixed batch, and on what `play_at_random` saw."""
+    """What an evaluation logs besides returns and values: on a fixed batch, and on what `play_at_random` saw."""
     with torch.no_grad(), agent.autocast():
         feature = agent.vae_encoder(fixed.observation)
         cloned = agent.vae.decode(feature, torch.zeros(len(feature), agent.vae.latent_dim, device=agent.device))
-    # The action decoded from z = 0: whether the state alone tells the data's action.
+    # The error of the action decoded from z = 0: how well the state alone predicts the data's action.
     metrics = {"prior_action_error": float(F.mse_loss(cloned, fixed.action))}
     metrics["probe_r2"] = linear_probe(agent, pictures, states)
     return metrics | gradient_statistics(agent, fixed) | {f"{name}_return": value for name, value in levels.items()}
 
 
 # Data: read, and played at random ------------------------------------------------------------------------------------
-FIELDS = {  # of a dataset, a row each
+FIELDS = {  # a dataset's columns, with one value per row
     "image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32,
     "is_first": bool, "is_last": bool, "is_terminal": bool,
 }  # fmt: skip
@@ -910,11 +910,11 @@ SETTINGS = ("action_repeat", "frame_stack", "env_id", "collect", "first_seed")  
 
 
 def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:
-    """Raise ValueError with one line if the pictures or the actions of a file are not as `env` has them."""
+    """Raise a one-line ValueError if the pictures or the actions of a file do not match those of `env`."""
     here = {"image_size": env.size[0], "frame_stack": env.args.frame_stack, "action_repeat": env.args.action_repeat}
     here |= {"env_id": env.spec.id} if env.spec else {}
     other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
-    need(not other, f"{path} was made with {' '.join(other)}, not as here; use the same")
+    need(not other, f"{path} was made with {' '.join(other)}, but this run differs; use the same")
 
 
 def read_columns(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -941,7 +941,7 @@ def read_columns(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict
         expected = f"expected {name} {shape} of {np.dtype(dtype)}, got {values.shape} of {values.dtype}"
         why = "image has the number of rows, the environment the other sizes (see --image-size)"
         need(numbers and values.shape in (shape, (*shape, 1)), f"{path}: {expected}; {why}")
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is rejected
             arrays[name] = values.reshape(shape).astype(dtype, copy=False)
         need(dtype is not bool or (arrays[name] == values.reshape(shape)).all(), f"{path}: expected 0 and 1 in {name}")
     need(rows[0] > 0, f"{path} has no rows")
@@ -949,7 +949,7 @@ def read_columns(path: Path, env: PixelEnv) -> tuple[dict[str, np.ndarray], dict
 
 
 def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`is_first` and `discount` (M,) by all marks of a file. Raises ValueError with one line where they are wrong."""
+    """`is_first` and `discount` (M,) from all marks in a file. Raises a one-line ValueError if they are wrong."""
     terminal = columns.get("is_terminal", np.zeros(len(columns["image"]), bool))
     last, discount = columns.get("is_last"), columns.get("discount", np.float32(1.0) - terminal)
     first = columns.get("is_first")
@@ -963,12 +963,12 @@ def find_episodes(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.nd
     ends = np.append(first[1:], True)
     wrong = terminal & ~ends
     if last is not None:
-        wrong[:-1] |= (last != ends)[:-1]  # the file's end may cut an episode
+        wrong[:-1] |= (last != ends)[:-1]  # the file's end may cut an episode short
     need(not wrong.any(), f"{path}: is_first, is_last and is_terminal contradict each other after row {wrong.argmax()}")
     if "is_terminal" in columns:
         wrong = ((discount == 0.0) != terminal) & ~first
         need(not wrong.any(), f"{path}: discount and is_terminal contradict each other in row {wrong.argmax()}")
-    # An episode's first row may hold anything, such as nan, but in its picture. Comparisons with nan are false.
+    # An episode's first row may hold anything, such as nan, except in its picture. Comparisons with nan are false.
     for name, values, inside, expected in (
         ("action", columns["action"], lambda action: (np.abs(action) <= 1.0001).all(1), "numbers in [-1, 1]"),
         ("reward", columns["reward"], np.isfinite, "finite numbers"),
@@ -984,7 +984,7 @@ def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
 
     Returns the dataset, its sha256, and how its first file was made. Columns: `image` (M, H, W, 3) uint8, `action`
     (M, A) in [-1, 1], `reward` (M,), `discount` (M,) or `is_terminal` (M,), `is_first` (M,) or `is_last` (M,) (an npz
-    file without any mark is one episode). Raises ValueError with one line about what is wrong, OSError where it cannot
+    file without any mark is one episode). Raises a one-line ValueError about what is wrong, OSError if it cannot
     be read.
     """
     sources = files = [path]
@@ -1002,7 +1002,7 @@ def load(path: Path, env: PixelEnv) -> tuple[Dataset, str, dict[str, Any]]:
     for file in files:
         with open(file, "rb") as content:
             hashlib.file_digest(content, lambda: digest)
-        with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged one is refused below
+        with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged one is rejected below
             size += sum(entry.file_size for entry in archive.infolist())
     check_memory({str(path): size if len(sources) == 1 else 2 * size})  # twice while parts are joined
     parts, made_with = zip(*[read_columns(source, env) for source in sources], strict=True)
@@ -1036,7 +1036,7 @@ def play(env: PixelEnv, act: Callable, seed: int, longest: float = math.inf) -> 
 
 
 def as_columns(rows: list[tuple]) -> dict[str, np.ndarray]:
-    """Rows of `play` as columns, which `load` describes, and `state` (M, S)."""
+    """Rows of `play` as columns (see `load`), and `state` (M, S)."""
     image, action, reward, discount, is_first, state = (np.array(column) for column in zip(*rows, strict=True))
     return {
         "image": np.moveaxis(image, 1, 3), "action": action, "reward": reward.astype(np.float32),
@@ -1047,9 +1047,9 @@ def as_columns(rows: list[tuple]) -> dict[str, np.ndarray]:
 def collect(
     env: PixelEnv, steps: int, seed: int, longest: float = math.inf, act: Callable | None = None
 ) -> dict[str, np.ndarray]:
-    """Columns of episodes, of at most `longest` steps, for at least `steps` steps in all; at random without `act`."""
+    """Columns of episodes of at most `longest` steps each and at least `steps` in all; random actions without `act`."""
     rows, episode, act = [], 0, act or uniform(env, np.random.default_rng(seed))
-    while len(rows) - episode < steps:  # an episode has a row more than steps
+    while len(rows) - episode < steps:  # an episode has one more row than steps
         rows += play(env, act, episode_seed(seed, episode, stream=4), longest)
         episode += 1
     return as_columns(rows)
@@ -1061,7 +1061,7 @@ def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **a
     about |= {"action_repeat": env.args.action_repeat, "env_id": env.spec.id}
     try:
         write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
-        if not path.exists():  # else another process was faster, and what it has made is the same
+        if not path.exists():  # else another process was faster, and has made the same
             own.replace(path)
     finally:
         for left in (own, own.with_name(own.name + ".tmp")):
@@ -1069,7 +1069,7 @@ def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **a
 
 
 def make_dataset(path: Path, kind: str, args: Args, env: PixelEnv) -> None:
-    """Collect and write a dataset, the same for every --seed. Raises ValueError with one line, and OSError."""
+    """Collect and write a dataset, the same for every --seed. Raises a one-line ValueError and OSError."""
     print(f"collecting {args.collect_steps:,} steps ({kind}) into {path}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "random":
@@ -1084,7 +1084,7 @@ def make_dataset(path: Path, kind: str, args: Args, env: PixelEnv) -> None:
 
 
 def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
-    """Whether the environment still does what the first steps of a collected file say."""
+    """Whether the environment still reproduces the first steps of a collected file."""
     actions = iter(dataset.action.numpy())
     rows = list(itertools.islice(play(env, lambda _: next(actions), seed), 6))
     rewards = [row[2] for row in rows[1:]]
@@ -1093,7 +1093,7 @@ def is_reproduced(dataset: Dataset, env: PixelEnv, seed: int) -> bool:
 
 
 def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
-    """Load `args.dataset`, and collect it first if it is missing and can be. Raises ValueError with one line."""
+    """Load `args.dataset`; if it is missing, collect it if possible. Raises a one-line ValueError."""
     path, kind = Path(args.dataset), args.collect
     try:
         if args.env_id.startswith("DotHazard") and args.dataset in ("random", "medium", "expert"):
@@ -1110,14 +1110,14 @@ def find_dataset(args: Args, env: PixelEnv) -> tuple[Dataset, str]:
         maker = f", collected by {made_with['collect']}" if "collect" in made_with else ""
         print(f"using {path}{maker}; remove it to collect it anew")
         if "first_seed" in made_with and not is_reproduced(dataset, env, made_with["first_seed"]):
-            changed = f"warning: {args.env_id} does not do what {path} holds: its code or its drawing has changed"
+            changed = f"warning: {args.env_id} no longer reproduces {path}: its code or its rendering has changed"
             print(f"{changed}; remove that file to collect it anew", file=sys.stderr)
     return dataset, digest
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 def draw_learning_curve(rows: list[dict[str, float]], levels: dict[str, float], title: str) -> Figure:
-    """Return, and the critic's error and correlation against what followed, over gradient steps."""
+    """Return, and the critic's error and correlation against the returns that followed, over gradient steps."""
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     figure.suptitle(title)
     axes, steps = figure.subplots(1, 3), [row["step"] for row in rows]
@@ -1159,16 +1159,16 @@ def record_videos(agent: PLAS, args: Args, folder: Path) -> list[Path]:
 
 # --- same text in both pixel scripts: drawing (home: sac_ae_pixels.py; see make sync) ---
 INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
-UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+UNBOUNDED = 1e6  # bounds beyond this, such as inf or float32's largest number, count as none
 
 
 def choose_opengl() -> str | None:
-    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
+    """Tell MuJoCo how to render without a display: EGL, else OSMesa. None if neither is there; only Linux needs one.
 
-    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
+    Must come before MuJoCo is imported. If MUJOCO_GL is set already, it is left as it is.
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
-    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    # Software OpenGL would use all cores for each picture, and compete with the networks for them.
     os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
     for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
         if "MUJOCO_GL" not in os.environ:
@@ -1179,24 +1179,24 @@ def choose_opengl() -> str | None:
 
 
 def open_environment(args: Args, size: int) -> gym.Env:
-    """The environment, which draws pictures of `size` where it can be told so. Raises ValueError with one line."""
+    """The environment, which renders pictures of `size` if that can be set. Raises a one-line ValueError."""
     opengl, env_id, options = choose_opengl(), args.env_id, {}
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # mine.py lies beside the user of --env mine:Name-v0
+        sys.path.append(str(Path.cwd()))  # so that --env mine:Name-v0 finds the user's mine.py
     task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
     if task or env_id.startswith("dm_control/"):
         if opengl is None and sys.platform == "linux":
             raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
         try:
             import shimmy  # noqa: F401  (registers dm_control's tasks)
-        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
+        except Exception as error:  # it is missing, or an OpenGL library is broken
             missing = isinstance(error, ImportError) and "GL" not in str(error)
             hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
             raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
         env_id = f"dm_control/{env_id}-v0" if task else env_id
         options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
     try:
-        # `probe` says in one line what does not fit, which Gymnasium's checker does not.
+        # Unlike Gymnasium's checker, `probe` says in one line what does not fit.
         options |= {"render_mode": "rgb_array", "disable_env_checker": True}
         env = gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
@@ -1204,7 +1204,7 @@ def open_environment(args: Args, size: int) -> gym.Env:
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
+    except Exception as error:  # whatever a third-party environment raises, it concerns this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and (np.abs([box.low, box.high]) < UNBOUNDED).all()
@@ -1215,7 +1215,7 @@ def open_environment(args: Args, size: int) -> gym.Env:
 
 
 def probe(env: PixelEnv) -> None:
-    """Play a step, before anything is created for a run. Raises ValueError with one line if that is not possible."""
+    """Play a step, before anything is created for a run. Raises a one-line ValueError if that is not possible."""
     try:
         env.reset(seed=0)
         env.step(np.zeros(env.action_dim, np.float32))
@@ -1226,7 +1226,7 @@ def probe(env: PixelEnv) -> None:
 
 
 def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A copy of a picture (H, W, 3) uint8, in this size (height, width). Raises RunError if it is none."""
+    """A copy of a picture (H, W, 3) uint8, in `size` (height, width) if given. Raises RunError if it is not one."""
     found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -1236,9 +1236,9 @@ def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
-    """The size of a video, which the first picture decides, and a picture (height, width, 3) uint8 for it.
+    """The size of a video, set by its first picture, and a picture (height, width, 3) uint8 of that size.
 
-    It is what the environment draws, or `seen` (3, H, W) where it observes pictures and cannot draw others.
+    The picture is the environment's own, or `seen` (3, H, W) if it observes pictures and cannot render others.
     """
     picture = seen.transpose(1, 2, 0)
     if env.render_mode == "rgb_array":
@@ -1248,21 +1248,21 @@ def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) 
         times = math.ceil(256 / min(picture.shape[:2]))
         size = picture.shape[0] * times, picture.shape[1] * times
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, picture.shape[:2], strict=True))
-    return size, picture[rows][:, columns]  # the nearest pixel: what is enlarged stays sharp
+    return size, picture[rows][:, columns]  # nearest neighbour, so that enlarged pictures stay sharp
 
 
 def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
-    """What draws a dm_control task's picture (S, S, 3), valid until the next; None for other environments.
+    """A function that renders a dm_control task as (S, S, 3), valid until its next call; None for other environments.
 
-    It goes through dm_control itself, where a camera can be kept. Where OpenGL is software, most of the time goes into
-    the shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
-    picture is drawn; the buffer's size changes no pixel.
+    It uses dm_control directly, which lets it keep a camera. With software OpenGL, most of the time goes into the
+    shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
+    picture is rendered; the buffer's size changes no pixel.
     """
     task, size, camera, drawn = env.unwrapped, args.image_size, None, None
     if type(task).__name__ != "DmControlCompatibilityV0":
         return None
     env.metadata = {**env.metadata, "render_fps": 1.0 / task.control_timestep()}
-    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # drawn at each step
+    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # rendered at each step
 
     def draw() -> np.ndarray:
         nonlocal camera, drawn
@@ -1282,9 +1282,9 @@ def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, up to 32 MiB each (its limit) and 2 GiB in all; other systems do as they do.
+    """Let glibc keep freed tensors' memory, up to 32 MiB each (its limit) and 2 GiB in all; no effect on other systems.
 
-    It would give a batch of pictures back to the system and get it again, page by page, several times an update.
+    Otherwise it returns a batch's memory to the system and gets it again, page by page, several times per update.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         glibc = ctypes.CDLL(None)
@@ -1302,23 +1302,23 @@ class RunError(ValueError):
 
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    print("error:", *message.split(), file=sys.stderr)  # messages of other packages may have several lines
     raise SystemExit(2)
 
 
 def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    """Raise ValueError for a number outside its bounds (at least 0 if `least` has none) or float32's range."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
             low, high = least.get(name, 0), most.get(name, limit)
-            if not low <= value <= high:  # nan is not, either
+            if not low <= value <= high:  # rejects nan, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def machine_memory() -> float:
-    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    """The machine's memory in bytes; infinite on a system that does not report it, such as Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -1330,7 +1330,7 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -1367,7 +1367,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         try:
             while not args.run_name and self.folder.exists():
-                self.name += "_"  # another run began in this second
+                self.name += "_"  # another run began in the same second
                 self.folder = Path(args.runs_dir) / self.name
             found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
@@ -1385,7 +1385,7 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, deep nesting
             reason = getattr(error, "strerror", None) or error
             usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -1397,17 +1397,17 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print ± must not end a run
 
     def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
         self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+        try:  # not flock, which children inherit: one that outlives this process would keep the lock
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
         except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}); do not start another run in it", file=sys.stderr)
 
     def describe(self) -> None:
         """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
@@ -1422,7 +1422,7 @@ class Run:
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
     def start_wandb(self, args: Args) -> None:
-        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may hold an earlier run."""
         try:
             import wandb
 
@@ -1466,7 +1466,7 @@ class Run:
             self.at_once = False
 
     def say(self, text: str) -> None:
-        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        """Print a line. A closed pipe (`| head`) stops the run as SIGTERM does."""
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -1501,11 +1501,11 @@ class Run:
             self.wandb.log({**metrics, "global_step": step})
 
     def evaluated(self, step: int) -> bool:
-        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        """Whether this step has been evaluated; an interrupted evaluation does not count."""
         return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        """Log an evaluation and write `eval.csv` (without clock times, so that equal runs write equal files)."""
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.eval_rows.append({"step": step, **metrics})
         self.write_evaluations()
@@ -1525,18 +1525,18 @@ class Run:
             self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
+        """Also show videos of the run folder in wandb."""
         if self.wandb and paths:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
     def save_model(self, name: str, state: dict[str, Any]) -> None:
-        """Write weights alone, and the arguments, from which the agent can be built again."""
+        """Write only the weights, and the arguments from which the agent can be rebuilt."""
         content = {**state, "arguments": json.dumps(self.settings)}
         write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        """Write `state` (tensors, numbers and strings only) and this block's own state to `checkpoint.pt`."""
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
@@ -1545,16 +1545,16 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+        except (OSError, RuntimeError) as error:  # the disk is full: the previous checkpoint is still intact
             raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is of another script or other arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         finished = False
         try:
             if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
@@ -1564,7 +1564,7 @@ class Run:
                 script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise nearly anything
             self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
@@ -1578,18 +1578,18 @@ class Run:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        """Any error in here is the checkpoint's fault: exits 2 with one line. Restores the random state."""
         try:
             yield
             torch.set_rng_state(self.checkpoint["torch_rng"])
             if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            self.write_evaluations()  # a killed run may have written further
+            self.write_evaluations()  # a killed run may have written more rows
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
+        """Exit 2: a file in the run folder is not as it was written."""
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
@@ -1600,9 +1600,9 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
-        """Make what comes after training, and mark the checkpoint as finished.
+        """Do what comes after training, and mark the checkpoint as finished.
 
-        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        If one of `extras` fails, that is a warning: training is done. A signal stops them; a resumed run begins here.
         """
         for extra in extras:
             try:
@@ -1618,7 +1618,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        """Close everything and restore the signal handlers. A RunError or a full disk ends in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()

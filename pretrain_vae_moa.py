@@ -1,8 +1,8 @@
-"""Pre-train a VAE on records of a multi-agent game, judged against what can be known at all.
+"""Pre-train a VAE on records of a multi-agent game, measured against what can be known at all.
 
 The encoder turns a player's view into a latent z; from z a policy head predicts what that player does next (the
-"modelling other agents" objective) and a decoder draws the view again. The scripted players of Markov Stag-Hunt tell
-their exact probabilities, so `python benchmark/moa.py report RUN` shows every score beside the exact Bayes ceiling.
+"modelling other agents" objective) and a decoder reconstructs the view. The scripted players of Markov Stag-Hunt have
+known probabilities, so `python benchmark/moa.py report RUN` shows every score next to the exact Bayes ceiling.
 
 The game and the setting: Huang et al., "Efficient Adaptation in Mixed-Motive Environments via Hierarchical Opponent
 Modeling and Planning", ICML 2024, https://arxiv.org/abs/2406.08002. The VAE over opponents: Yu et al., "Opponent
@@ -82,7 +82,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = True
-    """if toggled, a GPU is used where there is one"""
+    """if toggled, a GPU is used if there is one"""
     track: bool = False
     """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
     wandb_project_name: str = "LatentRL"
@@ -92,51 +92,51 @@ class Args:
     capture_video: bool = False
     """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
     runs_dir: str = "runs"
-    """the folder that run folders are created in"""
+    """the folder in which run folders are created"""
     run_name: str | None = None
     """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     eval_frequency: int = 2_500
-    """steps between two evaluations"""
+    """steps between evaluations"""
     eval_episodes: int = 100
-    """episodes of each evaluation, always on the same seeds"""
+    """episodes per evaluation, always with the same seeds"""
 
     # Algorithm specific arguments
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "4p5b8x8"
     """the game: 4p5b8x8, 4p6b8x8 or 4p5b4x4 (stag hunts), another PettingZoo parallel id, or `module:callable`"""
     total_timesteps: int = 25_000
-    """gradient steps; --eval-frequency of them make an epoch, so these are 10 epochs"""
+    """gradient steps; --eval-frequency of them make an epoch, so the default is 10 epochs"""
     dataset: str | None = None
-    """a dataset file to read (if left out: play --rows rows, and keep them in --data-dir)"""
+    """a dataset file to read (if left out: collect --rows rows, and keep them in --data-dir)"""
     data_dir: str = "data"
-    """the folder that collected datasets are kept in"""
+    """the folder in which collected datasets are kept"""
     data_seed: int = 1
     """seed of the collected games and of their split; runs with other --seed share one dataset"""
     rows: int = 107_010
-    """rows to collect: what one player sees and does at one step"""
+    """rows to collect; a row is what one player sees and does at one step"""
     max_cycles: int = 18
     """time limit of the collected games, in steps"""
     load: str | None = None
-    """a model.pt to start from; with --total-timesteps 0 it is evaluated only"""
+    """a model.pt to start from; with --total-timesteps 0 it is only evaluated"""
     objective: str = "both"
-    """what is learnt beside alpha KL: reconstruction, moa (the player's action), or both"""
+    """what is learnt, besides alpha * KL: reconstruction, moa (the player's action), or both"""
     head_input: str = "z"
-    """what the policy head sees beside time and legal actions: z, state, or state+z"""
+    """what the policy head sees besides time and legal actions: z, state, or state+z"""
     context: str = "1"
     """what the encoder sees: 1 frame, the last 4, or the whole history"""
     latent_dim: int = 16
     """size of the latent z"""
     learning_rate: float = 5e-4
-    """learning rate at the start"""
+    """initial learning rate"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls to 0 over the run along half a cosine"""
     max_grad_norm: float = 10.0
-    """the gradient is scaled down to this norm"""
+    """the gradient's norm is clipped to this"""
     batch_size: int = 128
-    """rows in a batch; with --context history about so many, in whole sequences"""
+    """rows in a batch; with --context history about this many, in whole sequences"""
     kl_weight: float = 1e-4
     """weight alpha of the KL divergence (sum over dimensions) after its warm-up"""
     kl_warmup: int = 20_000
@@ -144,7 +144,7 @@ class Args:
     reconstruction_weight: float = 0.05
     """weight of the reconstruction's cross-entropy (sum over planes and cells, in nats)"""
     augment: bool = True
-    """if toggled, rows are mirrored and turned at random, the others' order changed (stag hunts only)"""
+    """if toggled, boards are mirrored and rotated, and the other players reordered, at random (stag hunts only)"""
 
 
 USED = {  # objective -> the networks that it trains
@@ -152,7 +152,7 @@ USED = {  # objective -> the networks that it trains
     "moa": ("encoder", "head"),
     "both": ("encoder", "decoder", "head"),
 }
-LOSSES = ("loss", "policy", "reconstruction", "kl")  # of the objective, and its parts
+LOSSES = ("loss", "policy", "reconstruction", "kl")  # the objective's total, and its parts
 HIDDEN = 128  # width of the hidden layers that are not convolutions
 POSITION_PLANES = 2  # row and column, beside the planes of an observation
 PROBE_ROWS = 20_000  # training rows that the linear probes are fitted to
@@ -177,7 +177,7 @@ class Batch(NamedTuple):
 
     `frames` (R, C x context + 2, H, W) in [0, 1], the newest first, then row and column of each cell; `time` (R,) in
     [0, 1], `mask` (R, A) legal actions, `action` (R,). With history also `previous` (R, n, A + 1), the last joint
-    action one-hot, ego first, its last place for none; and `slot` (R,), a row's place in a table of `sequences` x
+    action one-hot, ego first, its last entry for none; and `slot` (R,), a row's place in a table of `sequences` x
     `length`.
     """
 
@@ -198,9 +198,9 @@ def position_planes(sizes: Sizes) -> Tensor:
 
 
 class Symmetry:
-    """The 8 ways to mirror and turn a square board, for games whose actions 0..3 are up, down, left, right.
+    """The 8 ways to mirror and rotate a square board, for games whose actions 0..3 are up, down, left, right.
 
-    The position planes are turned with the board. So rules that depend on the absolute place stay true, such as which
+    The position planes are turned with the board. So rules that depend on absolute positions stay true, such as which
     of two equally near hares a player chooses.
     """
 
@@ -232,7 +232,7 @@ class Records:
     """
 
     def __init__(self, arrays: Arrays, meta: dict[str, Any], context: str, device: torch.device) -> None:
-        """Copy what the training reads to the device."""
+        """Copy what training reads to the device."""
         self.arrays, self.meta, self.context = arrays, meta, context
         self.sizes = sizes_of(arrays, meta)
         channels, height, width, actions = self.sizes[:4]
@@ -290,7 +290,7 @@ class Records:
         return np.flatnonzero(np.isin(self.starts, rows)) if self.context == "history" else rows
 
     def rows_of(self, units: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The rows (R,) of some units (U,), each row's slot (R,) in a table of units by steps, and its steps."""
+        """The rows (R,) of some units (U,), each row's slot (R,) in a table of units by steps, and its width."""
         device = self.obs.device
         if self.context != "history":
             return units.to(device), torch.arange(len(units), device=device), 1
@@ -300,7 +300,7 @@ class Records:
         return (starts[sequence] + place).to(device), (sequence * longest + place).to(device), longest
 
     def batch(self, units: Tensor, world: tuple[Tensor, Tensor] | None = None) -> Batch:
-        """The batch of these rows or sequences (U,), whose numbers are on the CPU.
+        """The batch of these rows or sequences (U,), given by index on the CPU.
 
         `world` is a pair from `Symmetry.draw`: turns (U,) and orders of the players (U, n), applied to planes and
         actions alike.
@@ -321,7 +321,7 @@ class Records:
             turned_action = self.symmetry.turned_action[turn]
             mask = mask.gather(1, self.symmetry.original_action[turn])
             action = turned_action.gather(1, action[:, None])[:, 0]
-        if self.context == "4":  # before the first frame there is none: zeros
+        if self.context == "4":  # zeros before an episode's first frame
             frames = frames * (back <= self.position[rows, None])[:, :, None, None, None]
         frames = frames.flatten(1, 2).float().div_(self.sizes.pixel_scale)
         batch = Batch(torch.cat((frames, places), 1), self.time[rows], mask, action)
@@ -416,7 +416,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """p(frame | z) of the current frame: the encoder mirrored.
 
-    A sub-pixel convolution (Shi et al., 2016) stands for the stride.
+    A sub-pixel convolution (Shi et al., 2016) takes the place of the stride.
     """
 
     def __init__(self, sizes: Sizes, latent_dim: int) -> None:
@@ -457,7 +457,7 @@ class PolicyHead(nn.Module):
     def forward(self, z: Tensor, batch: Batch) -> Tensor:
         """Masked logits (R, A): -inf where an action is illegal.
 
-        There is no softmax here, since the cross-entropy has its own. Two of them would keep the loss above
+        There is no softmax here, since the cross-entropy has its own. Two softmaxes would keep the loss above
         ln(e + A - 1) - 1 (1.165 for 7 actions), even for a prediction that is certain and right.
         """
         inputs = [batch.time[:, None], batch.mask.float()]
@@ -479,7 +479,7 @@ ADAM_EPSILON = 1e-5
 
 
 class MOA(nn.Module):
-    """The networks, one Adam over all that the objective uses, and the update."""
+    """The networks, one Adam over all networks that the objective uses, and the update."""
 
     def __init__(self, args: Args, sizes: Sizes, device: torch.device) -> None:
         """Build everything; `args` has been checked (see `check`)."""
@@ -499,7 +499,7 @@ class MOA(nn.Module):
         return F.cross_entropy(logits, action)
 
     def losses(self, batch: Batch, alpha: float, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """`total` of the objective, and its parts unweighted; `noise` (R, latent) is standard normal."""
+        """The objective's `total`, and its unweighted parts; `noise` (R, latent) is standard normal."""
         mean, log_variance = self.encoder(batch)
         noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (0.5 * log_variance).exp() * noise
@@ -516,7 +516,7 @@ class MOA(nn.Module):
         return {"total": total, **losses}
 
     def alpha(self, step: int) -> float:
-        """The KL weight of a step: 0 at the start."""
+        """The KL weight at a step: 0 at the start."""
         return self.args.kl_weight * (1.0 - math.exp(-step / max(self.args.kl_warmup, 1e-9)))
 
     def update(self, batch: Batch, step: int = 0, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -571,7 +571,7 @@ def predict(agent: MOA, records: Records, rows: np.ndarray, size: int = 2_048) -
 
 
 def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Fit a linear classifier on standardised features (R, D) by L-BFGS; returns it as a function to log-probabilities.
+    """Fit a linear classifier on standardised features (R, D) by L-BFGS; returns its log-probability function.
 
     `legal` (R, classes or 1) are the classes that are possible.
     """
@@ -595,7 +595,7 @@ def fit_probe(inputs: Tensor, target: Tensor, classes: int, legal: Tensor) -> Ca
 
 
 def predict_actions(agent: MOA, records: Records, rows: np.ndarray) -> Arrays:
-    """`predict`, with `row` (R,) and `q` (R, A); where no head is trained, `q` is a linear probe's of the latent."""
+    """`predict`, with `row` (R,) and `q` (R, A); where no head is trained, `q` is from a linear probe of the latent."""
     values = predict(agent, records, rows)
     if "q" not in values:
         seen, action, legal = records.probe_rows(), records.action.cpu(), records.mask.cpu()
@@ -606,7 +606,7 @@ def predict_actions(agent: MOA, records: Records, rows: np.ndarray) -> Arrays:
 
 
 def evaluate(agent: MOA, records: Records, test: Arrays) -> dict[str, float]:
-    """Losses on the validation games, without noise, and scores of `test`, which are predictions on the test games."""
+    """Losses on the validation games, without noise, and scores of `test`, the predictions on the test games."""
     rows = records.rows(1)
     seen = predict(agent, records, rows)
     parts = {"kl": (seen["kl"], agent.args.kl_weight)}  # always the final weight, so that epochs can be compared
@@ -658,11 +658,11 @@ def main(args: Args) -> Path:
                 agent.optimizer.load_state_dict(state["optimizer"])
 
         def model_state() -> dict[str, Any]:
-            """What `load_model` builds the networks from, beside the arguments."""
+            """What `load_model` builds the networks from, besides the arguments."""
             return {"agent": agent.state_dict(), "sizes": json.dumps(records.sizes)}
 
         def evaluate_agent() -> None:
-            """Evaluate an epoch, write its files, keep the best model; a signal may interrupt this anywhere."""
+            """Evaluate after an epoch, write its files, keep the best model; a signal may interrupt this anywhere."""
             epoch, steps = math.ceil(step / args.eval_frequency), (step - 1) % args.eval_frequency + 1
             train = {name: float(value) / steps for name, value in sums.items()}
             train["loss"] = train.get("total", math.nan)
@@ -685,7 +685,7 @@ def main(args: Args) -> Path:
             evaluating = last or (step > 0 and step % args.eval_frequency == 0)
             saving = evaluating or (step > 0 and step % args.checkpoint_frequency == 0) or run.signal
             if losses and (saving or step % 500 == 0):
-                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                # Losses are read only here; one that is not finite ends the run before it can reach a checkpoint.
                 speed = run.steps_per_second(step)
                 run.log(step, {
                     **{f"losses/{name}": value for name, value in losses.items()}, "charts/SPS": speed,
@@ -731,12 +731,12 @@ CHOICES = {"objective": tuple(USED), "head_input": ("z", "state", "state+z"), "c
 
 
 def check(args: Args) -> None:
-    """Check all that can be checked without the data. Raises ValueError with one line."""
+    """Check all that can be checked without the data. Raises a one-line ValueError."""
     for name, choices in CHOICES.items():
         if (value := getattr(args, name)) not in choices:
             near = difflib.get_close_matches(value, choices, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--{name.replace('_', '-')} {value}: one of {', '.join(choices)} expected{hint}")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}{hint}")
     at_least_one = (
         "checkpoint_frequency", "eval_frequency", "eval_episodes", "rows", "max_cycles", "latent_dim", "batch_size",
     )  # fmt: skip
@@ -782,16 +782,16 @@ def check_fit(args: Args, sizes: Sizes, meta: dict[str, Any], model: MOA | None)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
-    """The model of a `model.pt`. Raises ValueError with one line, if the file is not one."""
+    """The model of a `model.pt`. Raises a one-line ValueError if the file is not one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         args, sizes = (json.loads(content[name]) for name in ("arguments", "sizes"))
-        with torch.random.fork_rng([]):  # the first weights are drawn, and replaced below
+        with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
             model = MOA(Args(**args), Sizes(*sizes), torch.device(device))
         model.load_state_dict(content["agent"])
     except FileNotFoundError:
         raise ValueError(f"there is no model {path}; a run writes model.pt at its end, best_model.pt before") from None
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file may raise nearly anything
         raise ValueError(f"{path} is not a model of {Path(__file__).name} ({type(error).__name__})") from None
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError(f"{path} holds weights that are not finite; its training has failed")
@@ -799,16 +799,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> MOA:
 
 
 # Games: from a file, of scripted players, or of any PettingZoo game at random
-FIELDS = (  # of a record, which this script reads; see envs/records.py
+FIELDS = (  # of a record, those that this script reads; see envs/records.py
     "obs", "action", "action_mask", "t", "episode", "agent", "prev_actions", "strategy", "policy_probs", "split",
     "episode_seed",
 )  # fmt: skip
 
 
 def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and meta data of `--dataset`, of the file collected earlier, or of games played now.
+    """Arrays and metadata of `--dataset`, of the file collected earlier, or of games played now.
 
-    Raises ValueError with one line.
+    Raises a one-line ValueError.
     """
     if args.dataset and stag_hunt is None:
         raise ValueError("--dataset needs the folder envs beside this script")
@@ -824,18 +824,18 @@ def open_dataset(args: Args) -> tuple[Arrays, dict[str, Any]]:
         print("stopped while games were collected; none were kept", file=sys.stderr)
         raise
     finally:
-        with contextlib.suppress(Exception):  # a third party's
+        with contextlib.suppress(Exception):  # a third-party environment's
             env.close()
 
 
 def make_env(args: Args) -> Any:
-    """Make a PettingZoo parallel environment. Raises ValueError with one line if it cannot be made or does not fit."""
+    """Make a PettingZoo parallel environment. Raises a one-line ValueError if it cannot be made or does not fit."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that `mine:game` finds the user's mine.py
     module, colon, name = args.env_id.partition(":")
     try:
         env = getattr(importlib.import_module(module), name)() if colon else pettingzoo.make("parallel", args.env_id)
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
+    except Exception as error:  # whatever a third-party environment raises, it concerns this id
         known = [key.removesuffix("-v0") for key in pettingzoo.parallel_registry]
         near = difflib.get_close_matches(args.env_id, known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like sisl/pursuit-v5 or module:callable"
@@ -846,7 +846,7 @@ def make_env(args: Args) -> Any:
     try:
         pairs = [(agent, box_of(env, agent), env.action_space(agent)) for agent in env.possible_agents]
     except Exception as error:
-        raise ValueError(f"{args.env_id} does not tell its spaces: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{args.env_id} does not give its spaces: {type(error).__name__}: {error}") from None
     for agent, box, action in pairs:
         if not isinstance(action, gym.spaces.Discrete):
             raise ValueError(f"expected discrete actions, but {agent} of {args.env_id} has {action}")
@@ -861,7 +861,7 @@ def make_env(args: Args) -> Any:
 
 
 def box_of(env: Any, agent: str) -> Any:
-    """The space of an agent's picture, which may be in a dict beside a mask of legal actions."""
+    """The space of an agent's picture, which may be in a dict together with a mask of legal actions."""
     space = env.observation_space(agent)
     return space.spaces.get("observation", space) if isinstance(space, gym.spaces.Dict) else space
 
@@ -878,18 +878,18 @@ def collect(args: Args, env: Any, rows: int) -> tuple[Arrays, dict[str, Any]]:
             arrays, meta = stag_hunt.collect(rows, env.config, args.max_cycles, seed=args.data_seed)
         else:
             arrays, meta = play_randomly(env, rows, args.max_cycles, args.data_seed)
-    except Exception as error:  # whatever a third party's environment raises
+    except Exception as error:  # whatever a third-party environment raises
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{args.env_id} cannot be played: {reason}") from None
     if rows == args.rows and (games := len(arrays["split"])) < 3:
-        raise ValueError(f"--rows {rows} are {games} games: at least 3 are needed, to train, validate and test on")
+        raise ValueError(f"--rows {rows} make {games} games: at least 3 are needed, to train, validate and test on")
     return arrays, {**meta, "env_id": args.env_id, "command": sys.argv}
 
 
 def see(env: Any, agent: str, seen: Any, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """A copy (C, H, W) of an agent's picture, and its legal actions (A,).
 
-    The mask may be beside the picture, in the info, or in both; without one all actions are legal.
+    The mask may be next to the picture, in the info, or in both; without one all actions are legal.
     """
     legal, shape = np.ones(env.action_space(agent).n, bool), box_of(env, agent).shape
     for place in (seen if isinstance(seen, dict) else {}, info):
@@ -902,13 +902,13 @@ def see(env: Any, agent: str, seen: Any, info: dict[str, Any]) -> tuple[np.ndarr
         raise ValueError(f"{agent} sees shape {picture.shape}, but its space has {shape}")
     if not np.isfinite(picture).all():
         raise ValueError(f"{agent} sees nan or inf, which no picture can hold")
-    # Channels first: they are the axis that is unlike the other two.
+    # Channels first: theirs is the axis whose size differs from the other two.
     first = shape[1] == shape[2] != shape[0] or (len(set(shape)) == 3 and shape[0] == min(shape))
     return picture.transpose((0, 1, 2) if first else (2, 0, 1)), legal
 
 
 def play_randomly(env: Any, rows: int, max_cycles: int, seed: int) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays (the format's fields) and meta data of any game, played by random legal actions."""
+    """Arrays (the format's fields) and metadata of any game, played with random legal actions."""
     agents, generator, table, episode = env.possible_agents, np.random.default_rng([seed, 2]), [], 0
     n, start = len(agents), int(env.action_space(agents[0]).start)
     while len(table) < rows:
@@ -980,7 +980,7 @@ def to_bytes(pictures: tuple[np.ndarray, ...], box: gym.spaces.Box) -> tuple[tup
     return tuple(values.astype(np.uint8) for values in scaled), about
 
 
-# Scores, and what is written of an epoch
+# Scores, and what is written for each epoch
 def negative_log(probabilities: np.ndarray) -> np.ndarray:
     """-log p in nats, infinite for 0."""
     with np.errstate(divide="ignore"):
@@ -1111,23 +1111,23 @@ class RunError(ValueError):
 
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    print("error:", *message.split(), file=sys.stderr)  # messages of other packages may have several lines
     raise SystemExit(2)
 
 
 def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    """Raise ValueError for a number outside its bounds (at least 0 if `least` has none) or float32's range."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
             low, high = least.get(name, 0), most.get(name, limit)
-            if not low <= value <= high:  # nan is not, either
+            if not low <= value <= high:  # rejects nan, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def machine_memory() -> float:
-    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    """The machine's memory in bytes; infinite on a system that does not report it, such as Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -1139,7 +1139,7 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -1176,7 +1176,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         try:
             while not args.run_name and self.folder.exists():
-                self.name += "_"  # another run began in this second
+                self.name += "_"  # another run began in the same second
                 self.folder = Path(args.runs_dir) / self.name
             found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
@@ -1194,7 +1194,7 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, deep nesting
             reason = getattr(error, "strerror", None) or error
             usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -1206,17 +1206,17 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print ± must not end a run
 
     def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
         self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+        try:  # not flock, which children inherit: one that outlives this process would keep the lock
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
         except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}); do not start another run in it", file=sys.stderr)
 
     def describe(self) -> None:
         """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
@@ -1231,7 +1231,7 @@ class Run:
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
     def start_wandb(self, args: Args) -> None:
-        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may hold an earlier run."""
         try:
             import wandb
 
@@ -1275,7 +1275,7 @@ class Run:
             self.at_once = False
 
     def say(self, text: str) -> None:
-        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        """Print a line. A closed pipe (`| head`) stops the run as SIGTERM does."""
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -1310,11 +1310,11 @@ class Run:
             self.wandb.log({**metrics, "global_step": step})
 
     def evaluated(self, step: int) -> bool:
-        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        """Whether this step has been evaluated; an interrupted evaluation does not count."""
         return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        """Log an evaluation and write `eval.csv` (without clock times, so that equal runs write equal files)."""
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.eval_rows.append({"step": step, **metrics})
         self.write_evaluations()
@@ -1334,18 +1334,18 @@ class Run:
             self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
+        """Also show videos of the run folder in wandb."""
         if self.wandb and paths:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
     def save_model(self, name: str, state: dict[str, Any]) -> None:
-        """Write weights alone, and the arguments, from which the agent can be built again."""
+        """Write only the weights, and the arguments from which the agent can be rebuilt."""
         content = {**state, "arguments": json.dumps(self.settings)}
         write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        """Write `state` (tensors, numbers and strings only) and this block's own state to `checkpoint.pt`."""
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
@@ -1354,16 +1354,16 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+        except (OSError, RuntimeError) as error:  # the disk is full: the previous checkpoint is still intact
             raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is of another script or other arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         finished = False
         try:
             if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
@@ -1373,7 +1373,7 @@ class Run:
                 script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise nearly anything
             self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
@@ -1387,18 +1387,18 @@ class Run:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        """Any error in here is the checkpoint's fault: exits 2 with one line. Restores the random state."""
         try:
             yield
             torch.set_rng_state(self.checkpoint["torch_rng"])
             if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            self.write_evaluations()  # a killed run may have written further
+            self.write_evaluations()  # a killed run may have written more rows
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
+        """Exit 2: a file in the run folder is not as it was written."""
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
@@ -1409,9 +1409,9 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
-        """Make what comes after training, and mark the checkpoint as finished.
+        """Do what comes after training, and mark the checkpoint as finished.
 
-        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        If one of `extras` fails, that is a warning: training is done. A signal stops them; a resumed run begins here.
         """
         for extra in extras:
             try:
@@ -1427,7 +1427,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        """Close everything and restore the signal handlers. A RunError or a full disk ends in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()

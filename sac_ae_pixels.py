@@ -66,7 +66,7 @@ with contextlib.suppress(ModuleNotFoundError):  # not on Windows
 
 @dataclass
 class Args:
-    """Arguments of one run. Steps are environment steps (an action repeated k times counts k) unless said otherwise."""
+    """Arguments of one run. Steps are environment steps (an action repeated k times counts k) unless noted."""
 
     exp_name: str = Path(__file__).stem
     """the name of this experiment"""
@@ -75,7 +75,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = True
-    """if toggled, a GPU is used where there is one"""
+    """if toggled, a GPU is used if there is one"""
     track: bool = False
     """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
     wandb_project_name: str = "LatentRL"
@@ -85,41 +85,41 @@ class Args:
     capture_video: bool = False
     """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
     runs_dir: str = "runs"
-    """the folder that run folders are created in"""
+    """the folder in which run folders are created"""
     run_name: str | None = None
     """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 10_000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     eval_frequency: int = 10_000
-    """steps between two evaluations"""
+    """steps between evaluations"""
     eval_episodes: int = 10
-    """episodes of each evaluation, always on the same seeds"""
+    """episodes per evaluation, always with the same seeds"""
 
     # Algorithm specific arguments
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "cartpole-swingup"
     """the environment: a dm_control task, or any Gymnasium id with a Box action space and rgb_array rendering"""
     total_timesteps: int | None = None
-    """environment steps of the run (if left out: by environment)"""
+    """environment steps of the run (if left out: set per environment)"""
     max_episode_steps: int | None = None
-    """steps after which an episode is cut off (if left out: the environment's own limit)"""
+    """steps after which an episode is truncated (if left out: the environment's own limit)"""
     action_repeat: int | None = None
-    """how many environment steps an action is repeated for (if left out: by environment)"""
+    """how many environment steps an action is repeated for (if left out: set per environment)"""
     image_size: int = 84
     """height and width of a frame in pixels"""
     frame_stack: int = 3
     """frames in an observation"""
     camera: int | None = None
-    """the camera of a dm_control task (if left out: 0, quadruped 2)"""
+    """the camera of a dm_control task (if left out: 0; 2 for quadruped)"""
     buffer_size: int | None = None
-    """newest transitions (agent steps) to sample from (if left out: all of the run)"""
+    """number of newest transitions (agent steps) to sample from (if left out: all of the run's)"""
     save_replay: bool = False
-    """if toggled, write replay.npz for plas_pixels.py: the frames' size again on the disk"""
+    """if toggled, write replay.npz for plas_pixels.py, which needs as much disk space again as the frames"""
     learning_starts: int = 1_000
     """agent steps with random actions, after which that many updates are made at once"""
     batch_size: int = 128
-    """transitions of one update"""
+    """transitions per update"""
     gamma: float = 0.99
     """the discount factor gamma"""
     learning_rate: float = 1e-3
@@ -127,7 +127,7 @@ class Args:
     alpha_learning_rate: float = 1e-4
     """learning rate of the temperature"""
     alpha: float = 0.1
-    """the temperature at the start"""
+    """initial temperature"""
     tau: float = 0.01
     """target smoothing coefficient of the Q functions"""
     encoder_tau: float = 0.05
@@ -137,7 +137,7 @@ class Args:
     target_network_frequency: int = 2
     """updates of the critic per update of the targets"""
     feature_dim: int = 50
-    """size of the latent that the encoder makes of an observation"""
+    """size of the latent that the encoder maps an observation to"""
     num_layers: int = 4
     """convolutional layers of the encoder and of the decoder"""
     num_filters: int = 32
@@ -155,10 +155,10 @@ class Args:
     residual_action: bool = False
     """if toggled, the policy sees the previous action and adds it to its mean before tanh, as ResAct does"""
     bf16: bool = False
-    """if toggled, networks compute in bfloat16 (weights stay float32): faster where the processor has it"""
+    """if toggled, networks compute in bfloat16 (weights stay float32): faster if the processor supports it"""
 
 
-DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" holds what is not listed above it
+DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" applies where nothing is listed above
     "finger-spin": {"action_repeat": 2, "total_timesteps": 1_000_000},
     "walker-walk": {"action_repeat": 2, "total_timesteps": 1_000_000},
     "ball_in_cup-catch": {"action_repeat": 4, "total_timesteps": 2_000_000},
@@ -175,11 +175,11 @@ DEFAULTS_BY_ENVIRONMENT: dict[str, dict[str, int]] = {  # the paper's; "" holds 
 class PixelEnv(gym.Wrapper):
     """An environment as an agent with a camera sees it.
 
-    Observations are the newest frames (3 frame_stack, H, W) uint8, an episode's first one repeated where there are not
-    enough yet; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards add up. `info["state"]` is the
-    true state (S,): what the environment calls so, or the observation that the picture replaces.
+    Observations are the newest frames (3 frame_stack, H, W) uint8, with an episode's first one repeated until there
+    are enough; actions are (A,) float32 in [-1, 1]. An action is repeated, its rewards are summed. `info["state"]` is
+    the true state (S,): the environment's own `info["state"]`, or the observation that the picture replaces.
 
-    An environment whose observations are pictures (H, W, 3) uint8 keeps them; others are drawn, as (S, S).
+    An environment whose observations are pictures (H, W, 3) uint8 keeps them; others are rendered at `image_size`.
     """
 
     render_mode = "rgb_array"
@@ -216,24 +216,24 @@ class PixelEnv(gym.Wrapper):
         return self.observation, reward, terminated, truncated, self.with_state(state, info)
 
     def with_state(self, state: Any, info: dict[str, Any]) -> dict[str, Any]:
-        """`info` with `state`, where there is one that can be a vector."""
+        """`info` with `state`, if there is one that can be flattened to a vector."""
         space = self.env.observation_space
         return {"state": gym.spaces.flatten(space, state), **info} if space.is_np_flattenable else info
 
     def frame(self, state: Any) -> np.ndarray:
-        """What is seen now: (3, H, W) uint8. Raises RunError if that is no picture."""
+        """The current frame (3, H, W) uint8. Raises RunError if it is not a picture."""
         return as_picture(self.draw() if self.drawn else state, self.size).transpose(2, 0, 1)
 
     def render(self) -> np.ndarray:
-        """A picture for a video (H, W, 3) uint8: the environment's own, else what is seen, enlarged."""
+        """A picture for a video (H, W, 3) uint8: the environment's own, or else the agent's frame, enlarged."""
         self.video_size, picture = video_picture(self.env, self.observation[-3:], self.video_size)
         return picture
 
 
 def make_env(args: Args, video: bool = False) -> PixelEnv:
-    """Make the environment and play a step. Raises ValueError with one line, if that is not possible.
+    """Make the environment and play a step. Raises a one-line ValueError if that is not possible.
 
-    With `video`, `render()` gives larger pictures than the agent sees, where the environment can draw them.
+    With `video`, `render()` gives larger pictures than the agent sees, if the environment can render them.
     """
     env = PixelEnv(open_environment(args, max(256, args.image_size) if video else args.image_size), args)
     probe(env)
@@ -269,7 +269,7 @@ def initialise(module: nn.Module) -> None:
 
 # --- same text in both pixel scripts: layers (home: sac_ae_pixels.py; see make sync) ---
 class Output(nn.Linear):
-    """A linear layer that computes in float32 whatever autocast says: values of Q need more than bfloat16's 8 bits."""
+    """A linear layer that computes in float32 whatever autocast says: Q values need more than bfloat16's 8 bits."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs) float32."""
@@ -289,7 +289,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class Encoder(nn.Module):
     """Pixels (B, C, H, W) in [0, 1] -> latent (B, D) in (-1, 1); C = 9 for three frames, D = 50.
 
-    Features are flattened with the channels last, which costs no copy in the memory format that is fast.
+    Features are flattened with the channels last, which needs no copy in the fast memory format.
     """
 
     def __init__(self, channels: int, size: tuple[int, int], args: Args) -> None:
@@ -303,7 +303,7 @@ class Encoder(nn.Module):
         self.ln = nn.LayerNorm(args.feature_dim)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the convolutions make of pixels: (B, F), F = rows x columns x filters."""
+        """The convolutions' output (B, F) for pixels, F = rows x columns x filters."""
         hidden = pixels
         for conv in self.convs:
             hidden = F.relu(conv(hidden), inplace=True)
@@ -328,7 +328,7 @@ class Decoder(nn.Module):
         self.shape = filters, *feature_map_size(size, layers)
         self.fc = nn.Linear(args.feature_dim, math.prod(self.shape))
         self.deconvs = nn.ModuleList(Deconvolution(filters, filters, 3) for _ in range(layers - 1))
-        # Stride 2 has taken the last row or column where their number is even: the padding gives them back.
+        # Stride 2 drops the last row or column where their number is even: the padding restores it.
         padding = [1 - side % 2 for side in size]
         self.deconvs.append(Deconvolution(filters, channels, 3, stride=2, output_padding=padding))
 
@@ -361,7 +361,7 @@ def squashed_gaussian(output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Te
 class Actor(nn.Module):
     """The policy: its encoder has the critic's convolutions and a head of its own.
 
-    With `--residual-action` it chooses a change of the previous action, which it also sees (Liu, Peng, Tian, "Visual
+    With `--residual-action` it chooses a change to the previous action, which it also sees (Liu, Peng, Tian, "Visual
     Reinforcement Learning with Residual Action", AAAI 2025, without that paper's difference of features).
     """
 
@@ -374,9 +374,9 @@ class Actor(nn.Module):
         self.trunk = mlp(inputs, args.hidden_dim, 2 * action_dim)
 
     def forward(self, features: Tensor, previous_action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled action (B, A), log-probability (B,) and log std (B, A), of features (B, F) and the action before.
+        """Sampled action (B, A), log-probability (B,) and log std (B, A), from features (B, F) and the previous action.
 
-        Where the noise is 0, the action is the mean's.
+        With zero noise, it is the mean action.
         """
         latent = self.encoder.head(features)
         if not self.residual:
@@ -400,7 +400,7 @@ class Critic(nn.Module):
         self.q2 = mlp(args.feature_dim + action_dim, args.hidden_dim, 1)
 
     def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Both values (B,), of features (B, F) and actions (B, A)."""
+        """Both values (B,), from features (B, F) and actions (B, A)."""
         inputs = torch.cat((self.encoder.head(features), action), 1)
         return self.q1(inputs)[:, 0], self.q2(inputs)[:, 0]
 
@@ -421,11 +421,11 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Transitions in order, their frames once each, as uint8 in a memory-mapped file.
+    """Transitions in order, each frame stored once, as uint8 in a memory-mapped file.
 
     An episode of T transitions has T + 1 rows in the file: its first frame, then what was seen after each transition.
-    A stack is put together when it is sampled: frames from before the episode's start are its first frame. There is
-    room for episodes of one step; the file has holes where nothing was written.
+    A stack is assembled when it is sampled: frames before the episode's start are copies of its first. There is room
+    even if every episode has one step; the file is sparse where nothing was written.
     """
 
     def __init__(self, path: Path, steps: int, window: int, size: tuple[int, int], stack: int, action_dim: int) -> None:
@@ -442,11 +442,11 @@ class ReplayBuffer:
         os.ftruncate(self.file, expected)
         self.frames = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
         self.values = torch.zeros(steps, action_dim + 2)  # action, reward, terminated
-        self.rows = torch.zeros(steps, 2, dtype=torch.int64)  # of the frame after it, and of its episode's first
+        self.rows = torch.zeros(steps, 2, dtype=torch.int64)  # of the frame after it, and of its episode's first frame
         self.size, self.row, self.first = 0, 0, 0
 
     def write(self, frame: np.ndarray) -> None:
-        """Put a frame into the current row. A store to mapped memory would kill us where the disk is full."""
+        """Write a frame to the current row. A store to mapped memory would kill the process if the disk is full."""
         if os.pwrite(self.file, frame.tobytes(), self.row * frame.size) != frame.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -469,7 +469,7 @@ class ReplayBuffer:
         return self.gather(index, device)
 
     def gather(self, index: Tensor, device: torch.device) -> Batch:
-        """Transitions by their number (B,) since the start."""
+        """Transitions by their index (B,) since the run's start."""
         values, (row, first) = self.values[index].to(device), self.rows[index].T[:, :, None]
         rows = torch.maximum(row + torch.arange(-self.stack, 1), first)
         frames = self.frames.index_select(0, rows.flatten()).view(len(index), -1, *self.frames.shape[2:])
@@ -494,7 +494,7 @@ class ReplayBuffer:
         return {"size": self.size, "row": self.row, "first": self.first, "values": values, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the frames of the file."""
+        """Continue with the frames in the file."""
         self.size, self.row, self.first = state["size"], state["row"], state["first"]
         self.values[: self.size] = state["values"]
         self.rows[: self.size] = state["rows"]
@@ -516,7 +516,7 @@ class Noise(NamedTuple):
 
 
 def reconstruction_target(observation: Tensor, dither: Tensor) -> Tensor:
-    """uint8 pixels reduced to 5 bits, with `dither` (uint8, of 256) of a step added, in [-0.5, 0.5)."""
+    """uint8 pixels reduced to 5 bits, plus `dither` (uint8) / 256 of a quantization step, in [-0.5, 0.5)."""
     levels = (observation & 248).to(torch.int16) * 32 + dither  # 256 for each of the 32 steps
     return levels.float().mul_(1.0 / 8192.0).sub_(0.5)
 
@@ -587,7 +587,7 @@ class SACAE(nn.Module):
 
     @torch.inference_mode()
     def act(self, observation: np.ndarray, previous_action: np.ndarray, sample: bool = False) -> np.ndarray:
-        """Actions (N, A) for observations (N, C, H, W) uint8 and the actions before: the mean's, or sampled ones."""
+        """Actions (N, A) for observations (N, C, H, W) uint8 and previous actions: mean actions, or sampled ones."""
         draw = torch.randn if sample else torch.zeros
         noise = draw(len(observation), self.action_dim, device=self.device)
         with self.autocast():
@@ -596,17 +596,17 @@ class SACAE(nn.Module):
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> Tensor:
-        """Targets (B,) of both Q functions: reward and the soft value of what follows (equations 2 and 3)."""
+        """Targets (B,) of both Q functions: reward and the next state's soft value (equations 2 and 3)."""
         with self.autocast():
             features = self.critic.encoder.features(batch.next_observation)
-            action, log_probability, _ = self.actor(features, batch.action, noise)  # which is the previous one there
+            action, log_probability, _ = self.actor(features, batch.action, noise)  # here, the previous action
             target_features = self.target_critic.encoder.features(batch.next_observation)
             min_q = torch.minimum(*self.target_critic(target_features, action))
         value = min_q - self.log_alpha.exp() * log_probability
         return batch.reward + self.args.gamma * (1.0 - batch.terminated) * value
 
     def update_critic(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
-        """One step of the encoder and both Q functions. `batch` is scaled, `noise` (B, A) draws the next action."""
+        """One step of the encoder and both Q functions. `batch` is scaled, `noise` (B, A) samples the next action."""
         target = self.critic_target(batch, noise)
         with self.autocast():
             q1, q2 = self.critic(self.critic.encoder.features(batch.observation), batch.action)
@@ -631,7 +631,7 @@ class SACAE(nn.Module):
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """Let the target critic follow, its encoder faster than its Q functions."""
+        """Move the target critic towards the critic, its encoder faster than its Q functions."""
         torch._foreach_lerp_(*self.q_pair, self.args.tau)
         torch._foreach_lerp_(*self.encoder_pair, self.args.encoder_tau)
 
@@ -655,9 +655,9 @@ class SACAE(nn.Module):
         return Noise(*normal, dither)
 
     def update(self, batch: Batch, actor: bool, targets: bool, noise: Noise | None = None) -> dict[str, Tensor]:
-        """One update of everything, in the original's order; actor and targets only where told so.
+        """One update of everything, in the original's order; of actor and targets only if asked for.
 
-        Actor, its Q functions and autoencoder all see the critic's new convolutions, so that one pass serves them.
+        The actor, its Q functions and the autoencoder all use the critic's new convolutions, so one pass serves them.
         """
         args, images = self.args, (batch.observation, batch.next_observation)
         if args.random_shift:
@@ -681,11 +681,11 @@ class SACAE(nn.Module):
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 def evaluate(agent: SACAE, envs: Iterable[gym.Env], seed: int) -> dict[str, float]:
-    """Play an episode in each environment (it may be the same one) without noise, one after the other.
+    """Play one episode without noise in each environment (these may be the same one), one after the other.
 
     Episode i always has `episode_seed(seed, i, stream=1)`; training's random streams are not touched. Gives the mean
     `episodic_return`, `return_std`, the mean `episodic_length` in agent steps, and `success_rate`: nan if no episode
-    tells of success; one that tells nothing where others do has none.
+    reports success; if others do, one that does not counts as a failure.
     """
     returns, lengths, successes = [], [], []
     for i, env in enumerate(envs):
@@ -756,7 +756,7 @@ def main(args: Args) -> Path:
         logged = step if run.checkpoint and not updates_due else -1
 
         def crossed(every: int) -> bool:
-            """Whether the last agent step has reached a multiple of so many environment steps."""
+            """Whether the last agent step has reached a multiple of `every` environment steps."""
             return step // every > max(step - repeat, 0) // every
 
         def evaluate_agent() -> None:
@@ -773,7 +773,7 @@ def main(args: Args) -> Path:
             mean_return, mean_length = np.mean(recent or [(math.nan, math.nan)], 0)
             actor = burst or agent_step % args.policy_frequency == 0
             targets = burst or agent_step % args.target_network_frequency == 0
-            # What this agent step still owes is in the checkpoint: a signal interrupts it, and a resumed run goes on.
+            # The checkpoint counts the updates still due in this step: a signal interrupts them, a resumed run goes on.
             while updates_due and not run.signal:
                 updated = agent.update(buffer.sample(args.batch_size, device), actor, targets)
                 losses |= {f"losses/{name}": value for name, value in updated.items()}
@@ -786,10 +786,10 @@ def main(args: Args) -> Path:
                 logged = step
                 charts = {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
                 charts |= {"charts/episodes": episode, "charts/SPS": run.steps_per_second(step)}
-                run.log(step, {**losses, **charts})  # read once a line; one that is not finite ends the run here
+                run.log(step, {**losses, **charts})  # losses are read here; one that is not finite ends the run
             if due:
                 run.unless_stopped(evaluate_agent)
-            stopping = bool(run.signal)  # one that comes later is seen in the next step, after its checkpoint
+            stopping = bool(run.signal)  # a later signal stops the run in the next step, after its checkpoint
             if saving or stopping:
                 optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
                 run.save_checkpoint(step, {
@@ -806,7 +806,7 @@ def main(args: Args) -> Path:
                 action = torch.rand(env.action_dim).mul_(2.0).sub_(1.0).numpy()
             else:
                 action = agent.act(observation[None], buffer.previous_action()[None], sample=True)[0]
-            if not np.isfinite(action).all():  # diverged: name the loss, if it shows there already
+            if not np.isfinite(action).all():  # diverged: name the loss, if one is not finite already
                 run.log(step, losses)
                 raise RunError(f"step {step}: the policy's action is {action}; try a smaller learning rate")
             observation, reward, terminated, truncated, _ = env.step(action)
@@ -817,7 +817,7 @@ def main(args: Args) -> Path:
                 recent.append((episode_return, buffer.row - buffer.first))
                 episode, episode_return = episode + 1, 0.0
                 observation = start_episode()
-            if agent_step >= args.learning_starts:  # first, as the original does, all that the random steps would have
+            if agent_step >= args.learning_starts:  # at first all updates of the random steps, as in the original
                 updates_due = args.learning_starts if agent_step == args.learning_starts else 1
             run.progress(step, f"return {mean_return:.3f}")
 
@@ -835,7 +835,7 @@ def main(args: Args) -> Path:
 
 # Nothing below is about the algorithm: checks of the input, pictures, the run folder. -------------------------------
 def check(args: Args) -> None:
-    """Fill in what depends on the environment, and check all numbers. Raises ValueError with one line."""
+    """Fill in the environment's defaults, and check all numbers. Raises a one-line ValueError."""
     args.env_id = re.sub(r"^dm_control/([a-z]\w*-[a-z]\w*)-v0$", r"\1", args.env_id)  # the short form
     for name, value in {**DEFAULTS_BY_ENVIRONMENT[""], **DEFAULTS_BY_ENVIRONMENT.get(args.env_id, {})}.items():
         if getattr(args, name) is None:
@@ -849,8 +849,8 @@ def check(args: Args) -> None:
         args.buffer_size = steps
     if steps < args.learning_starts:
         flags = f"--total-timesteps {args.total_timesteps} are {steps} agent steps, below --learning-starts"
-        raise ValueError(f"{flags} {args.learning_starts}: nothing would be learnt; raise that or lower this")
-    # At least: the weights four times (gradients, moments), a batch of pictures and features, a row a transition.
+        raise ValueError(f"{flags} {args.learning_starts}: nothing would be learnt; raise the first or lower the other")
+    # At least 4x the weights (gradients, moments), a batch of pictures and features, a row per transition.
     side, filters, hidden = args.image_size, args.num_filters, args.hidden_dim
     feature_map = max(0, side // 2 - 2 * args.num_layers) ** 2
     weights = 9 * args.num_layers * filters**2 + 4 * filters * feature_map * args.feature_dim + 5 * hidden**2
@@ -869,11 +869,11 @@ def check_disk(args: Args, size: tuple[int, int]) -> str:
     about = f"replay memory of {steps:,} frames of {size[0]}x{size[1]}: {gigabytes:,.2f} GB"
     if args.save_replay:
         about += ", and as much for replay.npz"
-    with contextlib.suppress(OSError):  # what is wrong with the folder, `Run` says
+    with contextlib.suppress(OSError):  # `Run` says what is wrong with the folder
         begun = args.resume and (folder / re.sub(r"[/\\:]", "-", str(args.run_name))).exists()
         folder = next(path for path in (folder, *folder.parents) if path.exists())
         free = 1e-9 * shutil.disk_usage(folder).free
-        needed = 1.01 * gigabytes * (1 + args.save_replay)  # an episode has one frame more than steps
+        needed = 1.01 * gigabytes * (1 + args.save_replay)  # an episode has one more frame than steps
         if not begun and needed > free:
             hint = "lower --total-timesteps or --image-size, leave out --save-replay, or choose another --runs-dir"
             raise ValueError(f"{about}, but {folder} has {free:.2f} GB left; {hint}")
@@ -886,7 +886,7 @@ def agent_steps(args: Args) -> int:
 
 
 def open_buffer(run: Run, args: Args, env: PixelEnv) -> ReplayBuffer:
-    """The replay memory of a run. Exits 2 if a run that goes on has lost it."""
+    """The replay memory of a run. Exits 2 if a resumed run has lost it."""
     path = run.folder / "frames.bin"
     try:
         if run.checkpoint and not (path.exists() and path.stat().st_size):
@@ -897,7 +897,7 @@ def open_buffer(run: Run, args: Args, env: PixelEnv) -> ReplayBuffer:
 
 
 def replayed(env: PixelEnv, seed: int, actions: np.ndarray) -> np.ndarray | None:
-    """What is seen after these actions of the episode with this seed; None if it ends before."""
+    """The observation after these actions in the episode with this seed; None if it ends earlier."""
     observation, _ = env.reset(seed=seed)
     for action in actions:
         observation, _, terminated, truncated, _ = env.step(action)
@@ -907,7 +907,7 @@ def replayed(env: PixelEnv, seed: int, actions: np.ndarray) -> np.ndarray | None
 
 
 def model_state(agent: SACAE) -> dict[str, Any]:
-    """What plays and reconstructs: weights, and the sizes that `SACAE` is built again with."""
+    """What is needed to play and reconstruct: weights, and the sizes to rebuild `SACAE` with."""
     networks = {name: getattr(agent, name).state_dict() for name in ("actor", "critic", "decoder")}
     return {**networks, "size": list(agent.size), "action_dim": agent.action_dim}
 
@@ -915,7 +915,7 @@ def model_state(agent: SACAE) -> dict[str, Any]:
 def extras(
     run: Run, args: Args, agent: SACAE, buffer: ReplayBuffer, env: PixelEnv, step: int
 ) -> list[Callable[[], None]]:
-    """What is made when the training is done, in this order."""
+    """What is made after training, in this order."""
 
     def learning_curve() -> None:
         run.log_figure(step, "learning_curve", draw_learning_curve(run.eval_rows, run.name))
@@ -936,8 +936,8 @@ def save_episodes(buffer: ReplayBuffer, path: Path, action_repeat: int, env_id: 
     """Write all transitions to an npz file as plas_pixels.py reads them.
 
     As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (H, W, 3) and what led to
-    it: the action and the reward of the whole action repeat. `is_terminal` is true where the task ended, and not
-    where the time did, or the run.
+    it: the action and the reward of the whole action repeat. `is_terminal` is true where the task ended, not
+    where the time limit or the run did.
     """
     rows = buffer.rows[: buffer.size, 0].numpy()
     count = rows[-1] + 1
@@ -987,13 +987,13 @@ def draw_learning_curve(rows: list[dict[str, float]], title: str) -> Figure:
     axes.plot(steps, mean, marker=".")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.set(xlabel="environment steps", ylabel="evaluation return")
-    axes.locator_params(axis="x", nbins=5)  # numbers of six digits do not touch
+    axes.locator_params(axis="x", nbins=5)  # so that numbers of six digits do not touch
     axes.grid(alpha=0.3)
     return figure
 
 
 class BiasGradient(torch.autograd.Function):
-    """Hands an output (B, C, H, W) on, and the sum of its gradient to the bias (C,) that is in it already."""
+    """Passes an output (B, C, H, W) on, and the sum of its gradient to the bias (C,), which it includes already."""
 
     @staticmethod
     def forward(context: Any, output: Tensor, bias: Tensor) -> Tensor:
@@ -1008,7 +1008,7 @@ class BiasGradient(torch.autograd.Function):
 
 
 class Deconvolution(nn.ConvTranspose2d):
-    """A transposed convolution without oneDNN's bias gradient, a third of its backward pass on CPUs."""
+    """A transposed convolution without oneDNN's bias gradient, which takes a third of its backward pass on CPUs."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, H', W'), as in PyTorch's own layer."""
@@ -1018,7 +1018,7 @@ class Deconvolution(nn.ConvTranspose2d):
 
 
 def random_bytes(shape: torch.Size, device: torch.device) -> Tensor:
-    """Uniform uint8 with the channels (dimension 1) last in memory; eight bytes a draw save 4 % of an update."""
+    """Uniform uint8 with the channels (dimension 1) last in memory; eight bytes per draw save 4 % of an update."""
     batch, channels, height, width = shape
     draws = torch.empty(math.ceil(shape.numel() / 8), dtype=torch.int64, device=device).random_(-(2**63), None)
     return draws.view(torch.uint8)[: shape.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -1026,9 +1026,9 @@ def random_bytes(shape: torch.Size, device: torch.device) -> Tensor:
 
 # --- same text in the scripts that act: door (home: hyar_td3.py; see make sync) ---
 class Door(gym.Wrapper):
-    """Hands on what an environment should give: float rewards that are finite, success by one name, episodes that end.
+    """Ensures what an environment should return: finite float rewards, success under one name, episodes that end.
 
-    Raises RunError, with the reset seed of the episode, for what cannot be handed on.
+    Raises RunError, with the reset seed of the episode, where that is impossible.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -1037,12 +1037,12 @@ class Door(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step; `info` of an episode's last one has `is_success`, where the environment tells it in any form."""
+        """One step; at an episode's last, `info` has `is_success` if the environment reports success in any form."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.steps += 1
         reward = np.asarray(reward, np.float64)
-        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # nan is not, either; float32 ends there
-            raise RunError(f"reward {reward} is not a finite number of 32 bits, {self.where}")
+        if reward.size != 1 or not abs(reward.item()) < 3.4e38:  # rejects nan, too; 3.4e38 is float32's limit
+            raise RunError(f"reward {reward} is not a finite number in float32, {self.where}")
         if self.steps == 100_000 and not (terminated or truncated):
             raise RunError(f"100,000 steps without an end, {self.where}; try --max-episode-steps 1000")
         success = info.get("is_success", info.get("success"))
@@ -1056,16 +1056,16 @@ class Door(gym.Wrapper):
 
 # --- same text in both pixel scripts: drawing (home: sac_ae_pixels.py; see make sync) ---
 INSTALL_OPENGL = "install it (Debian: apt-get install libegl1 libgl1-mesa-dri)"
-UNBOUNDED = 1e6  # bounds beyond it, such as inf or float32's largest number, are none
+UNBOUNDED = 1e6  # bounds beyond this, such as inf or float32's largest number, count as none
 
 
 def choose_opengl() -> str | None:
-    """Tell MuJoCo how to draw without a display: EGL, else OSMesa. None if neither is there, nor needed outside Linux.
+    """Tell MuJoCo how to render without a display: EGL, else OSMesa. None if neither is there; only Linux needs one.
 
-    Must come before MuJoCo is imported. A MUJOCO_GL that is set already is left as it is.
+    Must come before MuJoCo is imported. If MUJOCO_GL is set already, it is left as it is.
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a display
-    # Software OpenGL would take all cores for each picture, and fight with the networks for them.
+    # Software OpenGL would use all cores for each picture, and compete with the networks for them.
     os.environ.setdefault("LP_NUM_THREADS", str(torch.get_num_threads()))
     for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
         if "MUJOCO_GL" not in os.environ:
@@ -1076,24 +1076,24 @@ def choose_opengl() -> str | None:
 
 
 def open_environment(args: Args, size: int) -> gym.Env:
-    """The environment, which draws pictures of `size` where it can be told so. Raises ValueError with one line."""
+    """The environment, which renders pictures of `size` if that can be set. Raises a one-line ValueError."""
     opengl, env_id, options = choose_opengl(), args.env_id, {}
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # mine.py lies beside the user of --env mine:Name-v0
+        sys.path.append(str(Path.cwd()))  # so that --env mine:Name-v0 finds the user's mine.py
     task = re.fullmatch(r"[a-z]\w*-(?!v\d+$)[a-z]\w*", env_id)
     if task or env_id.startswith("dm_control/"):
         if opengl is None and sys.platform == "linux":
             raise ValueError(f"{env_id} needs OpenGL, and neither EGL nor OSMesa is here; {INSTALL_OPENGL}")
         try:
             import shimmy  # noqa: F401  (registers dm_control's tasks)
-        except Exception as error:  # it is not there, or a library of OpenGL is not as it should be
+        except Exception as error:  # it is missing, or an OpenGL library is broken
             missing = isinstance(error, ImportError) and "GL" not in str(error)
             hint = "try pip install 'shimmy[dm-control]'" if missing else f"{INSTALL_OPENGL}, or set MUJOCO_GL=osmesa"
             raise ValueError(f"{env_id} needs dm_control ({type(error).__name__}: {error}); {hint}") from None
         env_id = f"dm_control/{env_id}-v0" if task else env_id
         options = {"render_kwargs": {"width": size, "height": size, "camera_id": args.camera}}
     try:
-        # `probe` says in one line what does not fit, which Gymnasium's checker does not.
+        # Unlike Gymnasium's checker, `probe` says in one line what does not fit.
         options |= {"render_mode": "rgb_array", "disable_env_checker": True}
         env = gym.make(env_id, max_episode_steps=args.max_episode_steps, **options)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
@@ -1101,7 +1101,7 @@ def open_environment(args: Args, size: int) -> gym.Env:
         hint = f"did you mean {' or '.join(near)}?" if near else "ids look like cartpole-swingup or package:Name-v0"
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise ValueError(f"unknown environment {args.env_id} ({reason}); {hint}") from None
-    except Exception as error:  # whatever a third party's environment raises, it is about this id
+    except Exception as error:  # whatever a third-party environment raises, it concerns this id
         raise ValueError(f"could not make {args.env_id}: {type(error).__name__}: {error}") from None
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and (np.abs([box.low, box.high]) < UNBOUNDED).all()
@@ -1112,7 +1112,7 @@ def open_environment(args: Args, size: int) -> gym.Env:
 
 
 def probe(env: PixelEnv) -> None:
-    """Play a step, before anything is created for a run. Raises ValueError with one line if that is not possible."""
+    """Play a step, before anything is created for a run. Raises a one-line ValueError if that is not possible."""
     try:
         env.reset(seed=0)
         env.step(np.zeros(env.action_dim, np.float32))
@@ -1123,7 +1123,7 @@ def probe(env: PixelEnv) -> None:
 
 
 def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A copy of a picture (H, W, 3) uint8, in this size (height, width). Raises RunError if it is none."""
+    """A copy of a picture (H, W, 3) uint8, in `size` (height, width) if given. Raises RunError if it is not one."""
     found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -1133,9 +1133,9 @@ def as_picture(image: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) -> tuple[tuple[int, int], np.ndarray]:
-    """The size of a video, which the first picture decides, and a picture (height, width, 3) uint8 for it.
+    """The size of a video, set by its first picture, and a picture (height, width, 3) uint8 of that size.
 
-    It is what the environment draws, or `seen` (3, H, W) where it observes pictures and cannot draw others.
+    The picture is the environment's own, or `seen` (3, H, W) if it observes pictures and cannot render others.
     """
     picture = seen.transpose(1, 2, 0)
     if env.render_mode == "rgb_array":
@@ -1145,21 +1145,21 @@ def video_picture(env: gym.Env, seen: np.ndarray, size: tuple[int, int] | None) 
         times = math.ceil(256 / min(picture.shape[:2]))
         size = picture.shape[0] * times, picture.shape[1] * times
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, picture.shape[:2], strict=True))
-    return size, picture[rows][:, columns]  # the nearest pixel: what is enlarged stays sharp
+    return size, picture[rows][:, columns]  # nearest neighbour, so that enlarged pictures stay sharp
 
 
 def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
-    """What draws a dm_control task's picture (S, S, 3), valid until the next; None for other environments.
+    """A function that renders a dm_control task as (S, S, 3), valid until its next call; None for other environments.
 
-    It goes through dm_control itself, where a camera can be kept. Where OpenGL is software, most of the time goes into
-    the shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
-    picture is drawn; the buffer's size changes no pixel.
+    It uses dm_control directly, which lets it keep a camera. With software OpenGL, most of the time goes into the
+    shadow map and into an off-screen buffer that is larger than the picture. Both can be changed until the first
+    picture is rendered; the buffer's size changes no pixel.
     """
     task, size, camera, drawn = env.unwrapped, args.image_size, None, None
     if type(task).__name__ != "DmControlCompatibilityV0":
         return None
     env.metadata = {**env.metadata, "render_fps": 1.0 / task.control_timestep()}
-    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # drawn at each step
+    has_cameras = any(len(space.shape) == 3 for space in env.observation_space.spaces.values())  # rendered at each step
 
     def draw() -> np.ndarray:
         nonlocal camera, drawn
@@ -1179,9 +1179,9 @@ def fast_camera(env: gym.Env, args: Args) -> Callable[[], np.ndarray] | None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, up to 32 MiB each (its limit) and 2 GiB in all; other systems do as they do.
+    """Let glibc keep freed tensors' memory, up to 32 MiB each (its limit) and 2 GiB in all; no effect on other systems.
 
-    It would give a batch of pictures back to the system and get it again, page by page, several times an update.
+    Otherwise it returns a batch's memory to the system and gets it again, page by page, several times per update.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         glibc = ctypes.CDLL(None)
@@ -1199,23 +1199,23 @@ class RunError(ValueError):
 
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    print("error:", *message.split(), file=sys.stderr)  # messages of other packages may have several lines
     raise SystemExit(2)
 
 
 def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    """Raise ValueError for a number outside its bounds (at least 0 if `least` has none) or float32's range."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
             low, high = least.get(name, 0), most.get(name, limit)
-            if not low <= value <= high:  # nan is not, either
+            if not low <= value <= high:  # rejects nan, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def machine_memory() -> float:
-    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    """The machine's memory in bytes; infinite on a system that does not report it, such as Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -1227,7 +1227,7 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -1264,7 +1264,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         try:
             while not args.run_name and self.folder.exists():
-                self.name += "_"  # another run began in this second
+                self.name += "_"  # another run began in the same second
                 self.folder = Path(args.runs_dir) / self.name
             found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
@@ -1282,7 +1282,7 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, deep nesting
             reason = getattr(error, "strerror", None) or error
             usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -1294,17 +1294,17 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print ± must not end a run
 
     def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
         self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+        try:  # not flock, which children inherit: one that outlives this process would keep the lock
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
         except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}); do not start another run in it", file=sys.stderr)
 
     def describe(self) -> None:
         """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
@@ -1319,7 +1319,7 @@ class Run:
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
     def start_wandb(self, args: Args) -> None:
-        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may hold an earlier run."""
         try:
             import wandb
 
@@ -1363,7 +1363,7 @@ class Run:
             self.at_once = False
 
     def say(self, text: str) -> None:
-        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        """Print a line. A closed pipe (`| head`) stops the run as SIGTERM does."""
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -1398,11 +1398,11 @@ class Run:
             self.wandb.log({**metrics, "global_step": step})
 
     def evaluated(self, step: int) -> bool:
-        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        """Whether this step has been evaluated; an interrupted evaluation does not count."""
         return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        """Log an evaluation and write `eval.csv` (without clock times, so that equal runs write equal files)."""
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.eval_rows.append({"step": step, **metrics})
         self.write_evaluations()
@@ -1422,18 +1422,18 @@ class Run:
             self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
+        """Also show videos of the run folder in wandb."""
         if self.wandb and paths:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
     def save_model(self, name: str, state: dict[str, Any]) -> None:
-        """Write weights alone, and the arguments, from which the agent can be built again."""
+        """Write only the weights, and the arguments from which the agent can be rebuilt."""
         content = {**state, "arguments": json.dumps(self.settings)}
         write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        """Write `state` (tensors, numbers and strings only) and this block's own state to `checkpoint.pt`."""
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
@@ -1442,16 +1442,16 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+        except (OSError, RuntimeError) as error:  # the disk is full: the previous checkpoint is still intact
             raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is of another script or other arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         finished = False
         try:
             if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
@@ -1461,7 +1461,7 @@ class Run:
                 script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise nearly anything
             self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
@@ -1475,18 +1475,18 @@ class Run:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        """Any error in here is the checkpoint's fault: exits 2 with one line. Restores the random state."""
         try:
             yield
             torch.set_rng_state(self.checkpoint["torch_rng"])
             if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            self.write_evaluations()  # a killed run may have written further
+            self.write_evaluations()  # a killed run may have written more rows
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
+        """Exit 2: a file in the run folder is not as it was written."""
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
@@ -1497,9 +1497,9 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
-        """Make what comes after training, and mark the checkpoint as finished.
+        """Do what comes after training, and mark the checkpoint as finished.
 
-        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        If one of `extras` fails, that is a warning: training is done. A signal stops them; a resumed run begins here.
         """
         for extra in extras:
             try:
@@ -1515,7 +1515,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        """Close everything and restore the signal handlers. A RunError or a full disk ends in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()

@@ -2,7 +2,7 @@
 
 From a frame and the joint action of all players, the model predicts the next frame and every player's reward. The test
 counts what an average error hides: how many frames are exactly right, and how many break a rule of the game. Without
-arguments it collects games of Markov Stag-Hunt, trains, and tests on other games; `--load` tests a model of yours.
+arguments it collects games of Markov Stag-Hunt, trains, and tests on other games; `--load` tests your own model.
 
 The game: Huang et al., "Efficient Adaptation in Mixed-Motive Environments via Hierarchical Opponent Modeling and
 Planning", ICML 2024, https://arxiv.org/abs/2406.08002; the contrastive term: van den Oord et al., 2018,
@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone trains and tests on data of one's own
+with contextlib.suppress(ModuleNotFoundError):  # a copy of this file alone trains and tests on your own data
     from envs import records, stag_hunt
 
 with contextlib.suppress(ModuleNotFoundError):  # not on Windows
@@ -74,7 +74,7 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, PyTorch uses deterministic algorithms only"""
     cuda: bool = True
-    """if toggled, a GPU is used where there is one"""
+    """if toggled, a GPU is used if there is one"""
     track: bool = False
     """if toggled, this experiment is tracked with Weights and Biases (WANDB_MODE=offline needs no key)"""
     wandb_project_name: str = "LatentRL"
@@ -84,21 +84,21 @@ class Args:
     capture_video: bool = False
     """if toggled, videos of evaluation episodes are written to the run folder's videos/"""
     runs_dir: str = "runs"
-    """the folder that run folders are created in"""
+    """the folder in which run folders are created"""
     run_name: str | None = None
     """the run folder's name (if left out: environment, experiment, seed and time)"""
     resume: bool = False
     """if toggled, continue the run named by --run-name: from its checkpoint, or from the start if it has none"""
     checkpoint_frequency: int = 1_000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     eval_frequency: int = 1_000
-    """steps between two evaluations"""
+    """steps between evaluations"""
     eval_episodes: int = 100
-    """episodes of each evaluation, always on the same seeds"""
+    """episodes per evaluation, always with the same seeds"""
 
     # Algorithm specific arguments
     env_id: Annotated[Literal["4p5b8x8", "4p6b8x8", "4p5b4x4"], tyro.conf.arg(aliases=["--env"])] = "4p5b8x8"
-    """the stag hunt that is collected: players, beasts and board"""
+    """the stag hunt to collect games of: players, beasts (prey) and board"""
     total_timesteps: int = 8_000
     """gradient steps"""
     size: int | None = None
@@ -108,25 +108,25 @@ class Args:
     n_hares: int | None = None
     """hares (if left out: as --env says)"""
     n_blocks: int = 0
-    """obstacles of the collected games"""
+    """obstacles in the collected games"""
     stag_moves: bool = False
     """if toggled, stags move at random, so that no model can always be right"""
     max_cycles: int = 35
-    """the limit of the collected games, in steps"""
+    """time limit of the collected games, in steps"""
     rows: int = 40_000
     """transitions to collect for training"""
     test_rows: int = 50_000
-    """transitions to collect for the test, of other seeds"""
+    """transitions to collect for the test, with other seeds"""
     data: str | None = None
     """train and test on this file instead: a record of games, or an npz with obs, actions, rewards and next_obs"""
     load: str | None = None
     """test this model instead of training one: a model.pt of this script, or `module:function`"""
     model: Literal["mse", "cell", "entity"] = "entity"
-    """what is predicted: numbers, or probabilities, of planes and cells; or a place for each player and the stag"""
+    """what is predicted: cells as numbers (mse) or probabilities (cell), or a place per player and stag (entity)"""
     action_input: Literal["painted", "planes"] = "painted"
     """joint action painted at each player's own cell, or as constant planes"""
     mask: bool = True
-    """if toggled, an entity's places are those within one step, or gone (only with --model entity)"""
+    """if toggled, entities are only predicted within one step, or gone (only with --model entity)"""
     contrastive_coef: float = 0.0
     """weight of InfoNCE between (frame, joint action) and next frame"""
     hidden_dim: int = 32
@@ -134,11 +134,11 @@ class Args:
     num_layers: int = 1
     """3 x 3 convolutions; one 1 x 1 convolution follows"""
     learning_rate: float = 3e-3
-    """learning rate at the start; it falls linearly to 0"""
+    """initial learning rate; it falls linearly to 0"""
     batch_size: int = 512
     """transitions in a batch"""
     open_loop_steps: int = 20
-    """longest roll-out without looking at the true frames"""
+    """steps of the longest roll-out without looking at the true frames"""
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def collect(args: Args, config: stag_hunt.Config, rows: int, seed: int) -> Trans
 
 
 def find_data(args: Args) -> tuple[Transitions, Transitions, stag_hunt.Config | None]:
-    """Training and test transitions, and the game's rules if they are known. Raises ValueError with one line."""
+    """Training and test transitions, and the game's rules if they are known. Raises a one-line ValueError."""
     if args.data is None:
         sizes = {name: getattr(args, name) for name in ("size", "n_stags", "n_hares", "n_blocks", "stag_moves")}
         config = stag_hunt.Config(**{**stag_hunt.PRESETS[args.env_id], **sizes}).check()
@@ -464,7 +464,7 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         hunted = (players & catches[:, :, None]).any(1)  # cells in which somebody catches
         caught |= catches
         left = prey & ~hunted
-        if game.stag_moves and channel == n + 1:  # each is within a step, not in an obstacle nor on a hare
+        if game.stag_moves and channel == n + 1:  # each is within a step, neither in an obstacle nor on a hare
             within_a_step = left.float() @ near[:-1, :-1].float() > 0.0
             wrong = next_prey & (~within_a_step | now[:, n] | after[:, n + 2])
             prey_wrong |= wrong.any(1) | (left.sum(1) != next_prey.sum(1))
@@ -477,10 +477,10 @@ def violations(game: Game, obs: Tensor, actions: Tensor, next_obs: Tensor, rewar
         "duplicated": (next_players.sum(2) > 1).any(1) | more_stags,  # a player or the stag is in two cells
         "jumped": (next_players & far & was[:, :, None]).flatten(1).any(1),  # more than one cell
         "vanished": (was & ~there & ~caught).any(1),  # left without catching anything
-        "stayed": (caught & there).any(1),  # who catches leaves
+        "stayed": (caught & there).any(1),  # a player who catches something leaves
         "reappeared": (~was & there).any(1),
         "in an obstacle": (next_players & now[:, n : n + 1]).flatten(1).any(1),
-        "prey": prey_wrong,  # came, went without being hunted, jumped, or outlived its hunt
+        "prey": prey_wrong,  # appeared, left without being caught, jumped, or stayed when caught
         "obstacles": (after[:, n] != now[:, n]).any(1),  # changed
         "reward": (unpaid > game.same_reward).any(1),  # is never paid
     }
@@ -515,7 +515,7 @@ def measure_frames(game: Game, predict: Predict, data: Transitions) -> dict[str,
 def measure_values(expected: Predict, data: Transitions) -> dict[str, Any]:
     """Squared errors of expected frames (B, C, H, W) and rewards (B, n), and both definitions of PSNR, in dB.
 
-    `psnr_of_mean` is 10 log10(1 / MSE); `mean_of_psnr` averages over frames, none of which counts above 100 dB.
+    `psnr_of_mean` is 10 log10(1 / MSE); `mean_of_psnr` averages over frames, each capped at 100 dB.
     """
     frames, rewards = [], []
     for batch in data.batches():
@@ -551,7 +551,7 @@ def measure_open_loop(predict: Predict, data: Transitions, steps: int) -> dict[i
 def calibration(model: WorldModel, data: Transitions, bins: int = 15) -> dict[str, float]:
     """Negative log-likelihood of a next frame in nats, and expected calibration error of the players' places.
 
-    With `cell`, the calibration error is that of each cell of the players' planes. Not defined for `mse`.
+    With `cell`, the calibration error is over all cells of the players' planes. Not defined for `mse`.
     """
     n, total, shares, hits = model.game.players, 0.0, [], []
     for batch in data.batches():
@@ -661,7 +661,7 @@ def main(args: Args) -> Path:
             evaluating = step > 0 and (last or step % args.eval_frequency == 0)
             saving = step > 0 and (last or step % args.checkpoint_frequency == 0)
             if losses and (step % 100 == 0 or evaluating or saving or run.signal):
-                # Read once a line; a loss that is not finite ends the run here, before it could reach a checkpoint.
+                # Losses are read only here; one that is not finite ends the run before it can reach a checkpoint.
                 run.log(step, {f"losses/{name}": value for name, value in losses.items()})
                 run.log(step, {"charts/transitions_per_second": run.steps_per_second(step) * args.batch_size})
             if evaluating and not run.evaluated(step):
@@ -719,27 +719,27 @@ FIELDS = {  # of a file: type, dimensions, least and greatest value, what they a
     "agent": (np.int64, 1, WHOLE.min, WHOLE.max, "whole numbers"),
     "t": (np.int64, 1, WHOLE.min, WHOLE.max, "whole numbers"),
 }
-NEEDED, IDS = ["obs", "actions", "rewards", "next_obs"], ["episode", "agent", "t"]  # these are for roll-outs
+NEEDED, IDS = ["obs", "actions", "rewards", "next_obs"], ["episode", "agent", "t"]  # the latter are for roll-outs
 RECORD_FIELDS = ("obs", "joint_action", "rewards", "next_obs", *IDS, "split")
-MOST_REWARDS = 100  # more different rewards can't be a game's rule
+MOST_REWARDS = 100  # more distinct rewards than this can't be a game's rule
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file that are needed here. Raises ValueError with one line."""
+    """The arrays of an npz file that are needed here. Raises a one-line ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in (*FIELDS, "joint_action", "meta")}
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file may raise nearly anything
         reason = f"{type(error).__name__}; convert it to npz with {', '.join(NEEDED)}"
         if "Object arrays" in str(error):
             reason = "it holds Python objects; save arrays of numbers instead"
-        raise ValueError(f"{path} is missing, damaged or no plain npz file ({reason})") from None
+        raise ValueError(f"{path} is missing, damaged or not a plain npz file ({reason})") from None
 
 
 def read_record(path: Path) -> tuple[dict[str, np.ndarray], stag_hunt.Config | None]:
-    """A record of games, and the rules, if they are Markov Stag-Hunt's. Raises ValueError with one line."""
+    """A record of games, and the rules, if they are Markov Stag-Hunt's. Raises a one-line ValueError."""
     if "records" not in globals():
-        raise ValueError(f"envs/ is not here to read the record {path} with; take it along, or pass a plain npz")
+        raise ValueError(f"the record {path} needs envs/, which is not here; copy it here, or pass a plain npz")
     columns, meta = records.read_records(path, RECORD_FIELDS)
     given = meta.get("env_kwargs") or {}
     rules = {name: value for name, value in given.items() if name in stag_hunt.Config._fields}
@@ -752,21 +752,21 @@ def read_record(path: Path) -> tuple[dict[str, np.ndarray], stag_hunt.Config | N
 
 
 def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
-    """Check and convert the columns of a plain file or of a record of games. Raises ValueError with one line."""
+    """Check and convert the columns of a plain file or of a record of games. Raises a one-line ValueError."""
     columns = {"actions": columns.get("joint_action"), **columns}
     if missing := [field for field in NEEDED if columns.get(field) is None]:
         raise ValueError(f"{name} has no {', '.join(missing)}; {', '.join(NEEDED)} are needed")
     given, found = {field: columns[field] for field in FIELDS if field in columns}, {}
     shapes = ", ".join(f"{field} {values.shape}" for field, values in given.items())
-    misfit = ValueError(f"{name}: frames (N, n + 3, H, W), actions and rewards (N, n) expected, got {shapes}")
+    misfit = ValueError(f"{name}: expected frames (N, n + 3, H, W), actions and rewards (N, n), got {shapes}")
     for field, values in given.items():
         kind, dimensions, least, most, expected = FIELDS[field]
         if values.dtype.kind not in "biuf":
-            raise ValueError(f"{name}: numbers expected in {field}, got {values.dtype}")
+            raise ValueError(f"{name}: expected numbers in {field}, got {values.dtype}")
         if values.ndim != dimensions or len(values) != len(given["obs"]):
             raise misfit
         with np.errstate(invalid="ignore", over="ignore"):
-            found[field] = values.astype(kind, order="C")  # and checked as what it becomes
+            found[field] = values.astype(kind, order="C")  # and checked in its new type
         bad = ~((found[field] >= least) & (found[field] <= most))
         if kind is not np.float32:
             bad |= found[field] != values
@@ -780,7 +780,7 @@ def to_transitions(columns: dict[str, np.ndarray], name: str) -> Transitions:
         obs, next_obs = (np.ascontiguousarray(np.moveaxis(frames, 3, 1)) for frames in (obs, next_obs))
     for field, frames in (("obs", obs), ("next_obs", next_obs)):
         if rows := int((frames[:, :players].sum((2, 3)) > 1).any(1).sum()):
-            raise ValueError(f"{name}: {rows} rows have a player's plane with two ones in it in {field}")
+            raise ValueError(f"{name}: {rows} rows of {field} have a player's plane with two ones in it")
     order = view = np.arange(len(obs))
     episode, t = view * 1_000 // max(len(obs), 1_000), np.zeros_like(view)  # 1,000 parts count as games
     if set(IDS) <= set(found):
@@ -796,26 +796,26 @@ class Foreign(nn.Module):
     """A user's model, `module:function`: f(obs (B, C, H, W), actions (B, n)) -> (next_obs, rewards), NumPy arrays."""
 
     def __init__(self, name: str) -> None:
-        """Import it. Raises ValueError with one line if it cannot be found."""
+        """Import it. Raises a one-line ValueError if it cannot be found."""
         super().__init__()
         self.name, (module, _, attribute) = name, name.partition(":")
         sys.path.insert(0, str(Path.cwd()))
         try:
             self.function = getattr(importlib.import_module(module), attribute)
-        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a third-party module raises
             raise ValueError(f"--load {name} cannot be imported ({type(error).__name__}: {error})") from None
 
     def expected(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """What it returns. Raises RunError with one line for wrong shapes or values that are not finite."""
+        """What it returns. Raises a one-line RunError for wrong shapes or values that are not finite."""
         try:
             outputs = self.function(obs.numpy().astype(np.float32), actions.numpy().copy())
-            with np.errstate(over="ignore"):  # refused below
+            with np.errstate(over="ignore"):  # rejected below
                 frame, rewards = (np.asarray(value, np.float32) for value in outputs)
         except Exception as error:
             raise RunError(f"{self.name} failed ({type(error).__name__}: {error})") from None
         for what, value, shape in (("next_obs", frame, tuple(obs.shape)), ("rewards", rewards, tuple(actions.shape))):
             if value.shape != shape:
-                raise RunError(f"{self.name} returned {what} of shape {value.shape}, {shape} expected")
+                raise RunError(f"{self.name} returned {what} of shape {value.shape}, expected {shape}")
             if infinite := int((~np.isfinite(value)).sum()):
                 raise RunError(f"{self.name} returned {what} with {infinite} values that are not finite")
         return torch.from_numpy(frame.copy()), torch.from_numpy(rewards.copy())
@@ -827,7 +827,7 @@ class Foreign(nn.Module):
 
 
 def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
-    """A user's function, tried on the whole test, or a model.pt of this script. Raises ValueError, OSError."""
+    """A user's function, tried on all test data, or a model.pt of this script. Raises ValueError, OSError."""
     if ":" in name and not Path(name).exists():
         foreign, least, most = Foreign(name), 0.0, 1.0
         for batch in test.batches():
@@ -842,14 +842,14 @@ def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
         content = torch.load(name, map_location="cpu", weights_only=True)
         args, own = Args(**json.loads(content["arguments"])), Game(**json.loads(content["game"]))
         state = content["agent"]
-        if (own.height, own.width) != (game.height, game.width):  # the parts that depend on it serve training only
+        if (own.height, own.width) != (game.height, game.width):  # what depends on it is for training only
             args.contrastive_coef = 0.0
             state = {key: value for key, value in state.items() if not key.startswith(("query.", "key."))}
         model = WorldModel(own._replace(height=game.height, width=game.width), args)
         model.load_state_dict(state)
     except OSError:
         raise
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file may raise nearly anything
         raise ValueError(f"{name} is not a model of this world_model_test.py ({type(error).__name__})") from None
     if bad := [key for key, value in state.items() if not value.isfinite().all()]:
         raise ValueError(f"{name} has weights that are not finite: {', '.join(bad)}")
@@ -862,7 +862,7 @@ def load(name: str, game: Game, test: Transitions) -> WorldModel | Foreign:
 
 
 def find_game(train: Transitions, test: Transitions, args: Args, config: stag_hunt.Config | None = None) -> Game:
-    """The game's sizes and rewards. Raises ValueError with one line if a categorical has too many of them."""
+    """The game's sizes and rewards. Raises a one-line ValueError if they are too many for a categorical."""
     players, seen = train.actions.shape[1], train.rewards.unique().tolist()
     values = sorted({round(value, 4) for value in seen} | {0.0})
     if args.load is None and args.model != "mse" and len(values) > MOST_REWARDS:
@@ -875,7 +875,7 @@ def find_game(train: Transitions, test: Transitions, args: Args, config: stag_hu
         pays = {}
     amounts = np.array(sorted(pays.values()))
     gaps = np.diff(amounts)
-    apart = gaps[gaps > 1e-5 * np.abs(amounts).max(initial=0.0)]  # not by rounding alone
+    apart = gaps[gaps > 1e-5 * np.abs(amounts).max(initial=0.0)]  # by more than rounding
     same = min(0.02, float(apart.min(initial=math.inf)) / 4.0)
     actions = 1 + max(int(train.actions.max()), int(test.actions.max()), HUNT_HARE)
     single = max(int(part.obs[:, players + 1].flatten(1).sum(1).max()) for part in (train, test)) <= 1
@@ -884,13 +884,13 @@ def find_game(train: Transitions, test: Transitions, args: Args, config: stag_hu
 
 
 def check(args: Args) -> None:
-    """Refuse what cannot work, and fill in the board of --env. Raises ValueError with one line."""
+    """Refuse what cannot work, and fill in the board of --env. Raises a one-line ValueError."""
     positive = ("total_timesteps", "max_cycles", "rows", "test_rows", "hidden_dim", "num_layers", "batch_size")
     positive += ("open_loop_steps", "checkpoint_frequency", "eval_frequency", "eval_episodes")
     least = {**dict.fromkeys(positive, 1), "learning_rate": 1e-12, "size": 2}
     check_numbers(args, least, {"max_cycles": 32_767, "size": 64})
     if args.data is None and "stag_hunt" not in globals():
-        raise ValueError("envs/stag_hunt.py is not here to collect games with; pass --data FILE, a plain npz")
+        raise ValueError("collecting games needs envs/stag_hunt.py, which is not here; pass --data FILE, a plain npz")
     sizes = (args.size, args.n_stags, args.n_hares)
     if args.data and (args.stag_moves or args.n_blocks or any(size is not None for size in sizes)):
         flags = "--size, --n-stags, --n-hares, --n-blocks and --stag-moves"
@@ -906,7 +906,7 @@ def check(args: Args) -> None:
     weights = 16 * args.hidden_dim * (9 * inputs + 9 * args.hidden_dim * layers)
     wanted, memory = collected + paths + batch + weights, machine_memory()
     if wanted > memory:
-        needed = f"about {wanted / 2**30:,.0f} GiB of memory are needed, {memory / 2**30:,.0f} are there"
+        needed = f"about {wanted / 2**30:,.0f} GiB of memory are needed, and this machine has {memory / 2**30:,.0f}"
         raise ValueError(f"{needed}; take smaller --rows, --test-rows, --size, --batch-size or --hidden-dim")
 
 
@@ -1007,7 +1007,7 @@ def draw_transitions(game: Game, data: Transitions, frame: Tensor, rewards: Tens
             for i, y, x in planes[:-3].nonzero().tolist():
                 x, y = x + (0.25, 0.75)[i % 2], y + (0.28, 0.72)[i // 2 % 2]
                 action = int(data.actions[row, i]) if axis is axes[0] else -1
-                text = f"{i}{'↑↓←→·SH'[action : action + 1]}"  # no sign for who does not act
+                text = f"{i}{'↑↓←→·SH'[action : action + 1]}"  # no sign for a player who does not act
                 axis.text(x, y, text, color=f"C{i}", fontsize=7, weight="bold", ha="center", va="center")
     return figure
 
@@ -1041,23 +1041,23 @@ class RunError(ValueError):
 
 def usage_error(message: str) -> NoReturn:
     """Print one line about a user's mistake and exit with status 2; called before anything is created."""
-    print("error:", *message.split(), file=sys.stderr)  # others' messages may have several lines
+    print("error:", *message.split(), file=sys.stderr)  # messages of other packages may have several lines
     raise SystemExit(2)
 
 
 def check_numbers(args: Args, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raise ValueError for a number outside of its bounds (at least 0, if `least` has none) or of float32's."""
+    """Raise ValueError for a number outside its bounds (at least 0 if `least` has none) or float32's range."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             limit = 2**63 - 1 if type(value) is int else float(np.finfo(np.float32).max)
             low, high = least.get(name, 0), most.get(name, limit)
-            if not low <= value <= high:  # nan is not, either
+            if not low <= value <= high:  # rejects nan, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of {bound}")
 
 
 def machine_memory() -> float:
-    """The machine's memory in bytes; infinite on a system that does not tell, such as Windows."""
+    """The machine's memory in bytes; infinite on a system that does not report it, such as Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -1069,7 +1069,7 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     torch.set_flush_denormal(True)  # denormal Adam moments slow an optimizer down many times over
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -1106,7 +1106,7 @@ class Run:
         self.folder = Path(args.runs_dir) / self.name
         try:
             while not args.run_name and self.folder.exists():
-                self.name += "_"  # another run began in this second
+                self.name += "_"  # another run began in the same second
                 self.folder = Path(args.runs_dir) / self.name
             found = {path.name for path in self.folder.iterdir()} if args.resume and self.folder.exists() else set()
             if found and not found & {"args.json", "args.json.tmp", "checkpoint.pt", "lock"}:
@@ -1124,7 +1124,7 @@ class Run:
                 self.start_wandb(args)
         except FileExistsError:
             usage_error(f"{self.folder} exists; add --resume to continue it, or choose another --run-name")
-        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, a depth of 1,000
+        except (OSError, RecursionError) as error:  # a full or read-only disk, somebody else's folder, deep nesting
             reason = getattr(error, "strerror", None) or error
             usage_error(f"cannot use {self.folder}: {reason}; choose another --runs-dir")
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -1136,17 +1136,17 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.unraisable_hook, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a sign for ± is no reason to end a run
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print ± must not end a run
 
     def take_lock(self) -> None:
         """Keep other processes out of the run folder while this one lives. Exits 2 if one is there already."""
         self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115  (open until the run is closed)
-        try:  # not flock, which children inherit: one that outlives this process would keep the folder
+        try:  # not flock, which children inherit: one that outlives this process would keep the lock
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             usage_error(f"{self.folder} is in use by another process; end it first, or choose another --run-name")
         except (NameError, OSError) as error:  # Windows has no fcntl, some file systems have no locks
-            print(f"warning: {self.folder} cannot be locked ({error}); start no second process on it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}); do not start another run in it", file=sys.stderr)
 
     def describe(self) -> None:
         """Write `args.json` (arguments, command, commit, packages) and a copy of the script."""
@@ -1161,7 +1161,7 @@ class Run:
         shutil.copy(__file__, self.folder / Path(__file__).name)
 
     def start_wandb(self, args: Args) -> None:
-        """Track the run. Exits 2 if that is not possible; the folder stays, since it may be a run of old."""
+        """Track the run. Exits 2 if that is not possible; the folder stays, since it may hold an earlier run."""
         try:
             import wandb
 
@@ -1205,7 +1205,7 @@ class Run:
             self.at_once = False
 
     def say(self, text: str) -> None:
-        """Print a line. A reader that went away (`| head`) stops the run as SIGTERM does."""
+        """Print a line. A closed pipe (`| head`) stops the run as SIGTERM does."""
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -1240,11 +1240,11 @@ class Run:
             self.wandb.log({**metrics, "global_step": step})
 
     def evaluated(self, step: int) -> bool:
-        """Whether this step has been evaluated: one that a signal interrupted has not."""
+        """Whether this step has been evaluated; an interrupted evaluation does not count."""
         return any(row["step"] == step for row in self.eval_rows)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an evaluation and write `eval.csv` (which has no clock, so that equal runs have equal files)."""
+        """Log an evaluation and write `eval.csv` (without clock times, so that equal runs write equal files)."""
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.eval_rows.append({"step": step, **metrics})
         self.write_evaluations()
@@ -1264,18 +1264,18 @@ class Run:
             self.wandb.log({f"images/{name}": self.wandb.Image(str(path)), "global_step": step})
 
     def log_videos(self, step: int, paths: list[Path]) -> None:
-        """Show videos that lie in the run folder in wandb too."""
+        """Also show videos of the run folder in wandb."""
         if self.wandb and paths:
             videos = [self.wandb.Video(str(path), format="mp4") for path in paths]
             self.wandb.log({"videos/evaluation": videos, "global_step": step})
 
     def save_model(self, name: str, state: dict[str, Any]) -> None:
-        """Write weights alone, and the arguments, from which the agent can be built again."""
+        """Write only the weights, and the arguments from which the agent can be rebuilt."""
         content = {**state, "arguments": json.dumps(self.settings)}
         write_atomically(self.folder / name, lambda file: torch.save(content, file))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], finished: bool = False) -> None:
-        """Write `state` (tensors, numbers and strings only) and this block's own to `checkpoint.pt`."""
+        """Write `state` (tensors, numbers and strings only) and this block's own state to `checkpoint.pt`."""
         own = {
             "script": Path(__file__).stem, "arguments": json.dumps(self.settings), "step": step,
             "eval_rows": self.eval_rows, "finished": finished, "torch_rng": torch.get_rng_state(),
@@ -1284,16 +1284,16 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             write_atomically(path, lambda file: torch.save({**own, **state}, file))
-        except (OSError, RuntimeError) as error:  # the disk is full: the checkpoint before is still whole
+        except (OSError, RuntimeError) as error:  # the disk is full: the previous checkpoint is still intact
             raise RunError(f"step {step}: cannot write {path} ({error})") from None
 
     def load_checkpoint(self) -> None:
-        """Read the folder's checkpoint, if there is one. Exits 2 if it is not one of this script and arguments."""
+        """Read the folder's checkpoint, if there is one. Exits 2 if it is of another script or other arguments."""
         path, about = self.folder / "checkpoint.pt", self.folder / "args.json"
         finished = False
         try:
             if path.exists():
-                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
                     raise ValueError(damaged)
                 self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 script, arguments = self.checkpoint["script"], dict(json.loads(self.checkpoint["arguments"]))
@@ -1303,7 +1303,7 @@ class Run:
                 script, arguments = recorded["script"], dict(recorded["arguments"])
             else:
                 return  # killed before anything was written
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise nearly anything
             self.refuse_damaged(path if path.exists() else about, error)
         if script != Path(__file__).stem:
             usage_error(f"{self.folder} is a run of {script}.py; choose another --run-name for {Path(__file__).name}")
@@ -1317,18 +1317,18 @@ class Run:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Whatever goes wrong in here, the checkpoint is to blame: exits 2 with one line. Sets the random streams."""
+        """Any error in here is the checkpoint's fault: exits 2 with one line. Restores the random state."""
         try:
             yield
             torch.set_rng_state(self.checkpoint["torch_rng"])
             if self.checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            self.write_evaluations()  # a killed run may have written further
+            self.write_evaluations()  # a killed run may have written more rows
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.refuse_damaged(self.folder / "checkpoint.pt", error)
 
     def refuse_damaged(self, path: Path, error: Exception) -> NoReturn:
-        """Exit 2: a file of the run folder is not what was written."""
+        """Exit 2: a file in the run folder is not as it was written."""
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         usage_error(f"{path} is damaged ({reason}); restore a copy, or start again with another --run-name")
 
@@ -1339,9 +1339,9 @@ class Run:
         raise SystemExit(128 + self.signal)
 
     def finish(self, step: int, state: dict[str, Any], *extras: Callable[[], Any]) -> None:
-        """Make what comes after training, and mark the checkpoint as finished.
+        """Do what comes after training, and mark the checkpoint as finished.
 
-        One of `extras` that fails is a warning: the training is done. A signal stops them; a resumed run begins here.
+        If one of `extras` fails, that is a warning: training is done. A signal stops them; a resumed run begins here.
         """
         for extra in extras:
             try:
@@ -1357,7 +1357,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close everything, and give the signals back. A RunError and a full disk end in one line and status 1."""
+        """Close everything and restore the signal handlers. A RunError or a full disk ends in one line and status 1."""
         self.bar.close()
         with contextlib.suppress(OSError):  # the disk is full: what could not be written is lost here
             self.writer.close()

@@ -1,4 +1,4 @@
-"""Environments that no installable package has. Importing this package registers their ids."""
+"""Environments that no installable package provides. Importing this package registers their ids."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ for n in (4, 6, 8, 10):
 register("SimpleMove-v0", entry_point="envs.point_mass:SimpleMoveEnv")
 register("DotHazard-v0", entry_point="envs.dot_hazard:DotHazardEnv", max_episode_steps=40)
 
-with contextlib.suppress(ModuleNotFoundError):  # the game for several agents needs PettingZoo; the others do not
+with contextlib.suppress(ModuleNotFoundError):  # the multi-agent game needs PettingZoo; the others do not
     import pettingzoo
 
     pettingzoo.register("parallel", "markov_stag_hunt-v0", entry_point="envs.stag_hunt:parallel_env")

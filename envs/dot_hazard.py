@@ -1,4 +1,4 @@
-"""Dot Hazard: steer a point to a goal and round a hazard, seen as a small picture; fast enough for many studies."""
+"""Dot Hazard: steer a point to a goal and around a hazard, seen as a small picture; fast enough for many studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 SIZE = 28  # pixels of the observation's sides
-ENLARGED = 10  # times, in the picture for people
+ENLARGED = 10  # how many times `render` enlarges it
 MAX_STEP = 0.08  # of the side of the square, in one step
 DOT_RADIUS, GOAL_RADIUS, HAZARD_RADIUS = 0.06, 0.12, 0.14
 HAZARD_COST = 1.0
@@ -17,15 +17,15 @@ EXPERT_SPEED = 0.05  # in one step: the pictures then show where the expert goes
 
 
 class DotHazardEnv(gym.Env[np.ndarray, np.ndarray]):
-    """A dot in the unit square is to go to the goal and stay there; the hazard lies on the straight way.
+    """A dot in the unit square should go to the goal and stay there; the hazard lies on the straight path.
 
-    Observation: a picture (28, 28, 3) uint8: the hazard in red, the goal in green, the dot in blue. One picture tells
-    all: there is no speed.
+    Observation: a picture (28, 28, 3) uint8: the hazard in red, the goal in green, the dot in blue. One picture shows
+    everything: there is no velocity.
 
     Actions: `Box(-1, 1, (2,))`: the move in x and y, 1 being 0.08 of the square's side, clipped to the square.
 
     Reward of a step: 1 if the dot ends in the goal's disc, minus 1 if it ends in the hazard's. Nothing is terminal;
-    `DotHazard-v0` is truncated after 40 steps. `info["state"]` (6,) is the dot's, the goal's and the hazard's place.
+    `DotHazard-v0` is truncated after 40 steps. `info["state"]` (6,) holds the dot's, goal's and hazard's positions.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -52,10 +52,10 @@ class DotHazardEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Move. Raises `ValueError` if `action` isn't two finite numbers; larger ones than 1 are clipped."""
+        """Move. Raises `ValueError` if `action` isn't two finite numbers; they are clipped to [-1, 1]."""
         move = np.asarray(action, np.float64)
         if move.shape != (2,) or not np.isfinite(move).all():
-            raise ValueError(f"an action of two finite numbers expected, got {action!r}")
+            raise ValueError(f"expected an action of two finite numbers, got {action!r}")
         dot = np.clip(self._state[:2] + MAX_STEP * np.clip(move, -1.0, 1.0), 0.0, 1.0)
         self._state[:2] = dot
         to_goal, to_hazard = dot - self._state[2:4], dot - self._state[4:]
@@ -86,7 +86,7 @@ class DotHazardEnv(gym.Env[np.ndarray, np.ndarray]):
         """Go to a state that `get_state` returned. Raises `ValueError` if it isn't six finite numbers."""
         values = np.asarray(state["state"], np.float64)
         if values.shape != (6,) or not np.isfinite(values).all():
-            raise ValueError(f"a state of six finite numbers expected, got {values}")
+            raise ValueError(f"expected a state of six finite numbers, got {values}")
         self._state = values.copy()
 
     def expert_action(self) -> np.ndarray:

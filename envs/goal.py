@@ -46,7 +46,7 @@ GRASS, NET, WHITE, YELLOW = (74, 134, 80), (120, 165, 124), (255, 255, 255), (25
 
 # An observation is: player x, y, vx, vy, orientation; the keeper's; ball x, y, vx, vy; the unit
 # vector from keeper to ball; the y at which the line through both meets the goal line.
-# With these bounds published agents scale it linearly to [-1, 1] (or somewhat beyond). The last
+# Published agents use these bounds to scale it linearly to [-1, 1] (or somewhat beyond). The last
 # one ought to be 7.01, but results depend on the scale of the features.
 _PERSON_SCALE = (20.0, 15.0, 1.0, 1.0, pi)
 SCALE_HIGH = np.array([*_PERSON_SCALE * 2, 20.0, 15.0, 3.0, 3.0, 1.0, 1.0, GOAL_WIDTH])
@@ -84,7 +84,7 @@ class GoalEnv(HybridEnv):
     there is no difference between the two shots.
 
     Reward: 50 for a goal; minus the ball's distance to the goal when it is caught or out and when
-    time is up; else 0. Terminated with a goal, a catch or the ball out; truncated in the 100th
+    time is up; else 0. Terminated by a goal, a catch or the ball out; truncated at the 100th
     step, in which nothing moves. `info` has `substeps` at each step and `is_success` at the last.
     """
 
@@ -166,7 +166,7 @@ class GoalEnv(HybridEnv):
             if not -pi <= off <= pi:
                 off = _wrap(off)
             if distance <= KICKABLE:
-                # The ball's speed is to become what rolls out just at the target.
+                # The ball should get the speed with which it comes to rest at the target.
                 ax = (1.0 - BALL_DECAY) * (target_x - x) - ball_vx
                 ay = (1.0 - BALL_DECAY) * (target_y - y) - ball_vy
                 efficiency = 1.0 - 0.25 * abs(off) / pi - 0.25 * distance / KICKABLE
@@ -275,7 +275,7 @@ class GoalEnv(HybridEnv):
         """Return the physical state: `state` (14,) float64 and `time`, the steps taken so far.
 
         `state` is x, y, vx, vy, orientation of the player, the same of the keeper, x, y, vx, vy of
-        the ball. The noise to come is not part of it.
+        the ball. Future noise is not part of it.
         """
         values = (*self._player, *self._keeper, *self._ball)
         return {"state": np.array(values), "time": np.array(self._time)}
@@ -337,7 +337,7 @@ def _clip(value: float, limit: float) -> float:
 
 
 def _push_apart(x1: float, y1: float, x2: float, y2: float, gap: float) -> tuple[float, float, float, float]:
-    """Move two bodies apart along the line of their centres, each by half their negative gap."""
+    """Move two bodies apart along the line through their centres, each by half their negative gap."""
     angle = atan2(y2 - y1, x2 - x1)
     dx, dy = 0.5 * gap * cos(angle), 0.5 * gap * sin(angle)
     return x1 + dx, y1 + dy, x2 - dx, y2 - dy
@@ -360,7 +360,7 @@ def _goal_distance(ball_x: float, ball_y: float) -> float:
 
 
 # Where a normalised parameter p in [-1, 1] aims: at the first number of its bin for p = 1, at the
-# second for p = -1, in halves of the goal's width. The third bin surely was meant to be
+# second for p = -1, in halves of the goal's width. The third bin was surely meant to be
 # (-0.2, 0.2): as it stands both of its actions always aim at y = 1.402, and the middle of the goal
 # is out of reach. Published results depend on it.
 HARD_GOAL_BINS = ((-1.0, -0.6), (-0.6, -0.2), (0.2, 0.2), (0.2, 0.6), (0.6, 1.0))

@@ -104,11 +104,11 @@ class HybridEnv(gym.Env[np.ndarray, HybridAction]):
         raise NotImplementedError
 
     def _observe(self) -> np.ndarray:
-        """Return the observation of the present state."""
+        """Return the observation of the current state."""
         raise NotImplementedError
 
     def _draw(self) -> Picture:
-        """Return a picture of the present state."""
+        """Return a picture of the current state."""
         raise NotImplementedError
 
     # Asking NumPy for one number at a time would cost more than the rest of a sub-step.
@@ -133,7 +133,7 @@ class HybridEnv(gym.Env[np.ndarray, HybridAction]):
 
         `action` is `(index, parameters)`. `parameters` is what the action space samples; where
         each action has a box of its own (a tuple or list of K arrays), one NumPy array with the
-        parameters of the chosen action alone is taken as well. Raises `ValueError` for anything
+        parameters of the chosen action alone is accepted as well. Raises `ValueError` for anything
         else, an index out of range, or numbers that are not finite.
         """
         try:
@@ -187,9 +187,9 @@ class HybridEnv(gym.Env[np.ndarray, HybridAction]):
         return self._observe(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
-        """Return a picture of the present state, (height, width, 3) uint8.
+        """Return a picture of the current state, (height, width, 3) uint8.
 
-        It shows the end of the last action and, as lines, the ways that led there. Returns `None`
+        It shows the end of the last action and, as lines, the paths that led there. Returns `None`
         if the environment was made without a render mode.
         """
         if self.render_mode is None:

@@ -20,7 +20,7 @@ RED: Colour = (205, 62, 50)
 GREEN: Colour = (46, 140, 87)
 
 CAPTION_HEIGHT = 32
-SUPERSAMPLING = 2  # drawn twice as large and then scaled down: smooth edges
+SUPERSAMPLING = 2  # drawn twice as large and then scaled down, for smooth edges
 
 
 class Picture:
@@ -44,13 +44,13 @@ class Picture:
         return (x - self._left) * self._scale, (self._top - y) * self._scale
 
     def box(self, low: Point, high: Point, colour: Colour, outline: int = 0) -> None:
-        """Draw the rectangle between two corners, or its outline of some pixels' width."""
+        """Draw the rectangle between two corners, or its outline, `outline` pixels wide."""
         (left, bottom), (right, top) = self._pixel(low), self._pixel(high)
         rectangle = self._pygame.Rect(left, top, right - left, bottom - top)
         self._pygame.draw.rect(self._surface, colour, rectangle, outline * SUPERSAMPLING)
 
     def disc(self, centre: Point, radius: float, colour: Colour, outline: int = 0) -> None:
-        """Draw a disc, or a ring of some pixels' width."""
+        """Draw a disc, or a ring, `outline` pixels wide."""
         self._pygame.draw.circle(
             self._surface,
             colour,

@@ -51,7 +51,7 @@ class PlatformEnv(HybridEnv):
     """Platform (Masson et al. 2016).
 
     Observation: 9 numbers in [0, 1], float32: the player's x and vx, the x and vx of the enemy on
-    this platform (the second platform's from x > 475 on), the width of this platform and of the
+    this platform (the second platform's once x > 475), the width of this platform and of the
     next, the gap between them, where this platform begins, their difference in height (always 0).
 
     Actions: `Tuple(Discrete(3), Tuple(Box(1), Box(1), Box(1)))`. Run with speed gain p in [0, 30]
@@ -89,7 +89,7 @@ class PlatformEnv(HybridEnv):
         dead, substeps = self._simulate(index, parameters[0])
         x = self._player[0]
         success = x >= LEVEL_END
-        # A death pays for the way to it, as in the original implementation.
+        # Dying still pays for the distance covered, as in the original implementation.
         reward = ((LEVEL_END if success else x) - x_before) / LEVEL_END
         self._ep_step += 1
         terminated = dead or success
@@ -202,8 +202,8 @@ class PlatformEnv(HybridEnv):
     def get_state(self) -> dict[str, np.ndarray]:
         """Return the physical state: `state` (10,) float64 and `ep_step`, the steps taken so far.
 
-        `state` is the player's x, y, vx, vy, then each enemy's x, y, vx. The noise to come is not
-        part of it.
+        `state` is the player's x, y, vx, vy, then each enemy's x, y, vx. Future noise is not part
+        of it.
         """
         values = (*self._player, *self._enemies[0], *self._enemies[1])
         return {"state": np.array(values), "ep_step": np.array(self._ep_step)}
@@ -249,7 +249,7 @@ def _draw_eyes(picture: Picture, x: float, y: float) -> None:
 
 def _on_platform(x: float, y: float) -> bool:
     """Tell whether a player at (x, y) stands on a platform, if only with a corner."""
-    # `PLATFORMS` with the player's width added on the left; written out, as it is asked so often.
+    # `PLATFORMS` with the player's width added on the left; written out, as it is called so often.
     return y == PLATFORM_HEIGHT and (x <= 250.0 or 455.0 <= x <= 750.0 or 965.0 <= x <= 1035.0)
 
 

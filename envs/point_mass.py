@@ -4,8 +4,8 @@ From "HyAR: Addressing Discrete-Continuous Action Reinforcement Learning via Hyb
 Representation" (Li et al., ICLR 2022), where they are variants of the multi-agent particle
 environments. Written from a description of the dynamics; no code was copied.
 
-In all three an agent with some inertia is to reach a landmark; both begin anywhere in
-[-1, 1] x [-1, 1] and there are no walls. Within 0.2 of it counts as there.
+In all three an agent with some inertia should reach a landmark; both begin anywhere in
+[-1, 1] x [-1, 1] and there are no walls. Being within 0.2 of it counts as being there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNIT: Bounds = ((-1.0, 1.0),)
 DT = 0.1
 KEPT_SPEED = 0.75  # per step
 FORCE = 2.0
-MAX_SPEED = DT * FORCE / (1.0 - KEPT_SPEED)  # which no finite number of steps reaches
+MAX_SPEED = DT * FORCE / (1.0 - KEPT_SPEED)  # a limit that is never reached
 NEAR, NEAR_SQUARED = 0.2, 0.04
 PRIZE = 20.0
 SUCCESS = 4.0  # a step with a greater reward is a success; others are negative or 0
@@ -60,7 +60,7 @@ class PointMassEnv(HybridEnv):
         self._force = (0.0, 0.0)
 
     def _push(self, force_x: float, force_y: float) -> float:
-        """Move for one step under a force: returns the squared distance to the landmark then."""
+        """Move for one step under a force: returns the squared distance to the landmark afterwards."""
         x, y, vx, vy = self._agent
         if self.render_mode:
             self._trail.append((x, y))
@@ -134,7 +134,7 @@ class PointMassEnv(HybridEnv):
 class CatchPointEnv(PointMassEnv):
     """Catch Point (Li et al. 2022): go to the landmark, then catch it.
 
-    Observation: 4 numbers, float32: the agent's vx, vy and the landmark's x, y seen from it.
+    Observation: 4 numbers, float32: the agent's vx, vy and the landmark's x, y relative to it.
 
     Actions: `Tuple(Discrete(2), Tuple(Box(1), Box(0)))`. Move with force 2 in a direction p in
     [-1, 1], where p * pi is the angle clockwise from the y axis; or catch, without parameters,
@@ -213,7 +213,7 @@ class MoveEnv(PointMassEnv):
 class HardMoveEnv(MoveEnv):
     """Hard Move (Li et al. 2022): n actuators around the agent, one action per subset of them.
 
-    Observation: 4 numbers, float32: the agent's vx, vy and the landmark's x, y seen from it.
+    Observation: 4 numbers, float32: the agent's vx, vy and the landmark's x, y relative to it.
 
     Actions: `Tuple(Discrete(2**n), Box(1))`. The bits of the discrete action, the most significant
     one first, tell which actuators push; the parameter in [-1, 1], clipped, how strongly. Many of

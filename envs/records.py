@@ -7,7 +7,7 @@ living player saw and did at one step; rows are in the order episode, agent, t. 
     record.arrays["obs"], record.meta["strategies"]
     save_records(Path("data/mine.npz"), make_records(arrays, meta))    # casts, checks, and writes
     columns = read_arrays(Path("plain.npz"))           # any other npz, with the same one-line errors
-    record = cached_records(Path("data/games.npz"), 10_000, play)      # play(rows) -> arrays, meta: only if need be
+    record = cached_records(Path("data/games.npz"), 10_000, play)      # play(rows) -> arrays, meta: only if needed
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOUNS = {  # what a letter of a shape counts
 class Field(NamedTuple):
     """What an array must be: its type, its axes (a letter of `NOUNS` each), and its least and greatest value.
 
-    A letter as the greatest value means one less than so many.
+    A letter as the greatest value means that axis's size minus one.
     """
 
     dtype: type[np.generic]
@@ -107,7 +107,7 @@ class Record(NamedTuple):
 def read_arrays(path: Path, names: Iterable[str] | None = None) -> Arrays:
     """The arrays of any npz file, or those with these names that it has. Never unpickles anything.
 
-    Raises ValueError with one line that says what is wrong with the file.
+    Raises a one-line ValueError that says what is wrong with the file.
     """
     try:
         if not path.is_file():
@@ -115,7 +115,7 @@ def read_arrays(path: Path, names: Iterable[str] | None = None) -> Arrays:
         with open(path, "rb") as file:
             start = file.read(8)
         if start[:6] == b"\x93NUMPY":
-            raise ValueError(f"dataset {path} is a single array; an .npz file with one array per field expected")
+            raise ValueError(f"dataset {path} is a single array; expected an .npz file with one array per field")
         if start and start[:2] != b"PK":
             kind = "an HDF5 file" if start == b"\x89HDF\r\n\x1a\n" else "no .npz file"
             raise ValueError(f"dataset {path} is {kind}; convert it to npz, with one array per field")
@@ -138,7 +138,7 @@ def read_arrays(path: Path, names: Iterable[str] | None = None) -> Arrays:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A record's `meta`, checked (`META`). Raises ValueError with one line."""
+    """A record's `meta`, checked (`META`). Raises a one-line ValueError."""
     found = read_arrays(path, ["meta"])
     if "meta" not in found:
         raise ValueError(f"dataset {path}: no field meta; see envs/records.py for the format")
@@ -148,15 +148,15 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"dataset {path}: meta is not JSON; write it with envs/records.py") from None
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
-        wanted = f"version {FORMAT_VERSION} expected; collect it anew"
-        raise ValueError(f"dataset {path}: format version {str(version)[:50]}, but {wanted}")
+        wanted = f"expected version {FORMAT_VERSION}; collect it anew"
+        raise ValueError(f"dataset {path}: format version {str(version)[:50]}, {wanted}")
     return meta
 
 
 def read_records(path: Path, fields: Iterable[str] | None = None) -> Record:
     """Read a record, or some of its fields, and check it (`check_records`, and the hash of each array).
 
-    Raises ValueError with one line that says what is wrong with the file.
+    Raises a one-line ValueError that says what is wrong with the file.
     """
     meta = read_meta(path)
     wanted = list(FIELDS) if fields is None else [name for name in FIELDS if name in set(fields)]
@@ -178,11 +178,11 @@ def read_records(path: Path, fields: Iterable[str] | None = None) -> Record:
 def make_records(arrays: Arrays, meta: dict[str, Any]) -> Record:
     """A checked record of arrays that may have other types than those of `FIELDS`; ValueError as `check_records`."""
     given = {name: np.asarray(arrays[name]) for name in FIELDS if name in arrays}
-    with np.errstate(invalid="ignore", over="ignore"):  # what its type cannot hold is refused below
+    with np.errstate(invalid="ignore", over="ignore"):  # what its type cannot hold is rejected below
         made = {name: values.astype(FIELDS[name].dtype, copy=False) for name, values in given.items()}
     for name, values in made.items():
         if values.dtype.kind in "iu" and values is not given[name] and (values != given[name]).any():
-            raise ValueError(f"{name} holds values that {values.dtype} cannot; scale or round them before")
+            raise ValueError(f"{name} holds values that {values.dtype} cannot; scale or round them first")
     record = Record(made, meta)
     check_records(record)
     return record
@@ -214,10 +214,10 @@ def save_records(path: Path, record: Record) -> None:
 def cached_records(
     path: Path, rows: int, play: Callable[[int], tuple[Arrays, dict[str, Any]]], fields: Iterable[str] | None = None
 ) -> Record:
-    """The records in `path`; without such a file, so many rows that `play(rows)` plays now, which are then kept there.
+    """The records in `path`; without such a file, those that `play(rows)` plays now, which are then kept there.
 
-    A file is taken only if the first game in it is what is played now. Says which file it is, and how to make it anew.
-    Raises ValueError with one line.
+    A file is used only if its first game is what is played now. Prints which file it is, and how to make it anew.
+    Raises a one-line ValueError.
     """
     try:
         if path.exists():
@@ -272,16 +272,16 @@ def check_meta(meta: dict[str, Any]) -> None:
     """Check the kinds of what is in `meta` (`META`), and the time limit; ValueError says what."""
     for name, (fits, wanted) in META.items():
         if name in meta and meta[name] is not None and not fits(meta[name]):
-            raise ValueError(f"meta: {name} is {str(meta[name])[:50]}; {wanted} expected")
+            raise ValueError(f"meta: {name} is {str(meta[name])[:50]}; expected {wanted}")
     limit = (meta.get("env_kwargs") or {}).get("max_cycles")
     if limit is not None and not (type(limit) is int and limit >= 1):
-        raise ValueError(f"meta: max_cycles is {str(limit)[:50]}; a whole number of at least 1 expected")
+        raise ValueError(f"meta: max_cycles is {str(limit)[:50]}; expected a whole number of at least 1")
 
 
 def check_records(record: Record) -> None:
     """Check types, shapes, values, order, splits, and that no action is forbidden by its own mask.
 
-    Fields that are not there are not missed. Raises ValueError with one line.
+    Missing fields are not an error. Raises a one-line ValueError.
     """
     arrays, meta = record
     check_meta(meta)
@@ -290,7 +290,7 @@ def check_records(record: Record) -> None:
         field = FIELDS[name]
         if values.dtype != field.dtype or values.ndim != len(field.axes):
             wanted = f"{np.dtype(field.dtype)} with {len(field.axes)} dimensions"
-            raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; {wanted} expected")
+            raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; expected {wanted}")
         for axis, size in zip(field.axes, values.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{name} has {size:,} {NOUNS[axis]}, other fields {sizes[axis]:,}")
@@ -304,7 +304,7 @@ def check_records(record: Record) -> None:
         most = max(sizes.get(field.most, 1 << 62), 1) - 1 if isinstance(field.most, str) else field.most
         least, most = -math.inf if field.least is None else field.least, math.inf if most is None else most
         if not least <= values.min() <= values.max() <= most:
-            raise ValueError(f"{name} from {values.min()} to {values.max()}, {least} to {most} expected")
+            raise ValueError(f"{name} from {values.min()} to {values.max()}, expected {least} to {most}")
     check_order(arrays)
     if {"action", "action_mask"} <= set(arrays):
         action, mask = arrays["action"].astype(np.int64), arrays["action_mask"]
@@ -340,7 +340,7 @@ def episode_seeds(seed: int, first: int, count: int) -> np.ndarray:
 
 
 def split_episodes(episodes: int, seed: int) -> np.ndarray:
-    """Each episode's split (E,): 80 % train, 10 % validation, 10 % test, shuffled; none is empty from 3 episodes on."""
+    """Each episode's split (E,): 80 % train, 10 % validation, 10 % test, shuffled; with 3 or more, none is empty."""
     held_out = max(1, round(episodes / 10))
     split = np.zeros(episodes, np.int8)
     order = np.random.default_rng([seed, 1]).permutation(episodes)

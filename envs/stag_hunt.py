@@ -5,11 +5,11 @@ Planning" (HOP; Huang et al., ICML 2024, https://arxiv.org/abs/2406.08002). Writ
 description of the rules; no code was copied.
 
 `StagHunt` is a PettingZoo environment, for anyone's agents. `VectorStagHunt` plays thousands of
-games at once, for collecting data, with scripted policies that tell their exact probabilities. Both
+games at once, for collecting data, with scripted policies whose exact probabilities are known. Both
 read the same rule table, both take every random number of a game from its seed (`uniforms`), and
-are tested equal. `collect` makes records of games (envs/records.py says what they are),
+tests check that they agree. `collect` makes records of games (envs/records.py says what they are),
 `history_posterior` says exactly what an observer of a whole game can know about its players, and
-`commonest_shares` how well the next state can be told where stags move at random.
+`commonest_shares` how well the next state can be predicted if stags move at random.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ class Config(NamedTuple):
         return result
 
     def limit(self, obs: np.ndarray, actions: np.ndarray, draws: int = 100) -> float:
-        """The share of next frames that a perfect model's most likely one hits: 1, unless stags move at random.
+        """The share of next frames that a perfect model's most likely one matches: 1, unless stags move at random.
 
-        Then it is estimated from these frames (N, C, H, W) and joint actions (N, n): see `commonest_shares`.
+        If they do, it is estimated from these frames (N, C, H, W) and joint actions (N, n): see `commonest_shares`.
         """
         return float(commonest_shares(obs, actions, self, draws).mean()) if self.stag_moves else 1.0
 
     def check(self) -> Config:
         """Raise ValueError, with what was expected, if there can be no such game."""
         if self.size < 2 or self.n_players < 1 or min(self.n_stags, self.n_hares, self.n_blocks) < 0:
-            raise ValueError(f"a board of at least 2x2, a player and no negative numbers expected, got {self}")
+            raise ValueError(f"expected a board of at least 2x2, a player and no negative numbers, got {self}")
         if self.n_stags + self.n_hares + 4 * self.n_blocks > self.cells:
             raise ValueError(f"{self.size}x{self.size} cells have no room for all prey and obstacles of {self}")
         return self
@@ -128,9 +128,9 @@ def destinations(size: int) -> np.ndarray:
 
 
 def distances(blocked: np.ndarray, size: int) -> np.ndarray:
-    """Length of the shortest way between any two places (B, cells + 1, cells + 1) on boards (B, cells + 1).
+    """Length of the shortest path between any two places (B, cells + 1, cells + 1) on boards (B, cells + 1).
 
-    Grows a circle around each cell, one step at a time; `FAR` where there is no way, as from and to "gone".
+    Grows a circle around each cell, one step at a time; `FAR` where there is no path, as from and to "gone".
     """
     free = ~blocked
     reached = np.eye(free.shape[1], dtype=bool) & free[:, :, None]
@@ -146,7 +146,7 @@ def distances(blocked: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache
 def pieces(size: int) -> np.ndarray:
-    """All places and turns of an obstacle of 3 or 4 cells (I, L, and I, L, O, T, S) as masks (pieces, cells)."""
+    """All places and rotations of an obstacle of 3 or 4 cells (I, L, and I, L, O, T, S) as masks (pieces, cells)."""
     shapes = ("xxx", "xx/x.", "xxxx", "xxx/x..", "xx/xx", "xxx/.x.", "xx./.xx")
     found = set()
     for text, turn, mirror in itertools.product(shapes, range(4), (False, True)):
@@ -164,9 +164,9 @@ def pieces(size: int) -> np.ndarray:
 
 
 def symmetries(size: int, actions: int = NUM_ACTIONS) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 ways to mirror and turn a board: where each cell comes from (8, cells), what actions become (8, actions).
+    """The 8 ways to mirror and rotate a board: where each cell comes from (8, cells), what actions become (8, actions).
 
-    Other actions than the four moves stay what they are.
+    Actions other than the four moves stay what they are.
     """
     cells, becomes = [], []
     for transposed, mirrored, upside_down in itertools.product((False, True), repeat=3):
@@ -190,7 +190,7 @@ def uniforms(seeds: np.ndarray, stream: int, first: int, count: int) -> np.ndarr
     """Numbers (B, count) in [0, 1) that depend on nothing but the game's seed (B,), the stream and the index.
 
     SplitMix64 (Steele, Lea and Flood, 2014), counted from `first`: NumPy's generators give a whole batch of games one
-    stream, so that a game could not be played again without its neighbours.
+    stream, so a game could not be played again without its neighbours.
     """
     step = 0x9E3779B97F4A7C15
     gamma = np.uint64(step)
@@ -207,7 +207,7 @@ def uniforms(seeds: np.ndarray, stream: int, first: int, count: int) -> np.ndarr
 
 
 def connected(free: np.ndarray, size: int) -> np.ndarray:
-    """Whether the free cells (B, cells) of each board hang together, by flooding from the first one."""
+    """Whether the free cells (B, cells) of each board are connected, by flooding from the first one."""
     reached = np.zeros_like(free)
     reached[np.arange(len(free)), free.argmax(1)] = True
     padded = np.pad(reached, ((0, 0), (0, 1)))
@@ -232,11 +232,11 @@ def draw_blocks(seeds: np.ndarray, config: Config) -> np.ndarray:
         left = left[(covered.max(1) > 1) | ~connected(covered == 0, config.size)]
         if not len(left):
             return blocks
-    raise ValueError(f"no connected board with {config.n_blocks} obstacles on {config.size}x{config.size} cells found")
+    raise ValueError(f"found no connected board with {config.n_blocks} obstacles on {config.size}x{config.size} cells")
 
 
 def draw_layouts(seeds: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First positions of games: blocked cells (B, cells + 1), prey (B, stags + hares) and players (B, n).
+    """Initial positions of games: blocked cells (B, cells + 1), prey (B, stags + hares) and players (B, n).
 
     Prey are on distinct free cells, players on any free cells. "Off the board" counts as blocked.
     """
@@ -274,7 +274,7 @@ class VectorStagHunt:
         return self.players < self.config.cells
 
     def legal(self) -> np.ndarray:
-        """Legal actions (B, n, 7); of a player who is gone only "stay"."""
+        """Legal actions (B, n, 7); for a player who is gone only "stay"."""
         players, alive = self.players, self.alive
         mask = np.empty((*players.shape, NUM_ACTIONS), bool)
         mask[..., :STAY] = ~self.blocked[self.games[:, :, None], self.table[players, :STAY]]
@@ -287,7 +287,7 @@ class VectorStagHunt:
     def step(self, actions: np.ndarray, legal: np.ndarray | None = None) -> np.ndarray:
         """Carry out a joint action (B, n) in each game and return the rewards (B, n).
 
-        An illegal action acts as "stay", one of a player who is gone does nothing. `legal` spares computing it again.
+        An illegal action acts as "stay", one of a player who is gone does nothing. `legal` saves computing it again.
         """
         config, players = self.config, self.players
         legal = self.legal() if legal is None else legal
@@ -324,7 +324,7 @@ class VectorStagHunt:
             self.stags[:, j] = np.where(stays, self.stags[:, j], to)
 
     def _nearest(self, prey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each player (B, n): the way to the nearest of `prey` (B, P), and its place; `FAR` if there is none."""
+        """For each player (B, n): the distance to the nearest of `prey` (B, P), and its place; `FAR` if none."""
         if prey.shape[1] == 0:
             return np.full(self.players.shape, FAR), self.players
         far = self.distances[self.boards[:, :, None], self.players[:, :, None], prey[:, None, :]]  # (B, n, P)
@@ -336,10 +336,10 @@ class VectorStagHunt:
     ) -> np.ndarray:
         """Probabilities (B, n, K, 7) float32 with which each strategy acts for each player.
 
-        NS and NH aim at the nearest prey of their kind, NA at the nearest of either kind, of several as near at the
-        first in reading order. They take a step that shortens the way there, all such steps being equally likely (or
-        always the first of them, with `tie_break` "first"); on it they hunt if that is legal and stay otherwise; if
-        none is left they stay. With probability `epsilon` any legal action is taken.
+        NS and NH go to the nearest prey of their kind, NA to the nearest of either kind; of several equally near, to
+        the first in reading order. They take a step that shortens the path there, all such steps being equally likely
+        (or always the first of them, with `tie_break` "first"); when there they hunt if that is legal and stay
+        otherwise; if no prey is left they stay. With probability `epsilon` any legal action is taken.
         """
         players, kinds = self.players, {HUNT_STAG: self.stags, HUNT_HARE: self.hares}
         around = self.table[players, :STAY]
@@ -389,7 +389,7 @@ def planes(
 
 
 def ego_first(values: np.ndarray, agents: np.ndarray) -> np.ndarray:
-    """Turn the columns of `values` (N, n, ...) so that a row begins with its agent (N,), and the others follow on."""
+    """Rotate the columns of `values` (N, n, ...) so that a row begins with its agent (N,), and the others follow."""
     n = values.shape[1]
     order = (agents[:, None] + np.arange(n)) % n
     return values[np.arange(len(values))[:, None], order]
@@ -400,11 +400,11 @@ class StagHunt(ParallelEnv):
     """Markov Stag-Hunt as a PettingZoo parallel environment.
 
     Players walk on a `size` x `size` board, all at once; several may share a cell. Actions: up, down, left, right,
-    stay, hunt stag, hunt hare. Walking off the board or into an obstacle is illegal, so is hunting what is not in the
-    own cell, and hunting a stag without another player there; an illegal action acts as "stay". All who hunt a hare
-    share `hare_reward`; two or more who hunt a stag in the same step share `stag_reward`. Prey and hunters then leave:
-    a player is terminated at its one catch, and truncated after `max_cycles` steps. With `stag_moves` each stag walks
-    at random, which makes the game stochastic.
+    stay, hunt stag, hunt hare. Walking off the board or into an obstacle is illegal, as are hunting what is not in
+    one's own cell, and hunting a stag without another player there; an illegal action acts as "stay". All who hunt a
+    hare share `hare_reward`; two or more who hunt a stag in the same step share `stag_reward`. Prey and hunters then
+    leave: a player is terminated at its one catch, and truncated after `max_cycles` steps. With `stag_moves` each stag
+    walks at random, which makes the game stochastic.
 
     Observation: `observation` (n_players + 3, size, size) uint8, planes of 0 and 1: the players, ego first, then
     obstacles, stags, hares; and `action_mask` (7,) int8. `infos` hold `previous_actions` (n,), ego first: the joint
@@ -437,9 +437,9 @@ class StagHunt(ParallelEnv):
             size, n_players, n_stags, n_hares, n_blocks, stag_reward, hare_reward, stag_moves
         ).check()  # fmt: skip
         if max_cycles < 1:
-            raise ValueError(f"max_cycles {max_cycles}: at least 1 expected")
+            raise ValueError(f"max_cycles {max_cycles}: expected at least 1")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode {render_mode!r}: one of {self.metadata['render_modes']} expected")
+            raise ValueError(f"render_mode {render_mode!r}: expected one of {self.metadata['render_modes']}")
         self.max_cycles, self.render_mode = max_cycles, render_mode
         self.possible_agents = [f"player_{i}" for i in range(n_players)]
         self.agents: list[str] = []
@@ -493,7 +493,7 @@ class StagHunt(ParallelEnv):
         for i, name in zip(acting, self.agents, strict=True):
             action = actions.get(name)
             if action is None or not 0 <= action < NUM_ACTIONS:
-                raise ValueError(f"{name}: an action of 0 to {NUM_ACTIONS - 1} expected, got {action}")
+                raise ValueError(f"{name}: expected an action from 0 to {NUM_ACTIONS - 1}, got {action}")
             self._previous[i] = int(action)
             done[i] = int(action) if self._legal(i)[action] else STAY
         hunters: dict[tuple[int, int], list[int]] = {}  # (kind of hunt, cell) -> who
@@ -556,7 +556,7 @@ class StagHunt(ParallelEnv):
     def get_state(self) -> dict[str, np.ndarray]:
         """The whole state: places of `players`, `stags`, `hares` (cells = gone), `blocks` (cells,), `t`, `seed`.
 
-        `seed` is what stags with `stag_moves` take their steps from; `previous_actions` (n,) begins with player 0.
+        `seed` is what the steps of stags with `stag_moves` depend on; `previous_actions` (n,) begins with player 0.
         """
         return {
             "players": np.array(self._players), "stags": np.array(self._stags, int),
@@ -578,13 +578,13 @@ class StagHunt(ParallelEnv):
         }  # fmt: skip
         values = {name: np.asarray(value) for name, value in state.items()}
         if set(values) - set(shapes) or not {"players", "stags", "hares"} <= set(values):
-            raise ValueError(f"a state of {', '.join(shapes)} expected, got {', '.join(values)}")
+            raise ValueError(f"expected a state of {', '.join(shapes)}, got {', '.join(values)}")
         for name, value in values.items():
             if value.shape != shapes[name]:
-                raise ValueError(f"state: {name} of shape {shapes[name]} expected, got {value.shape}")
+                raise ValueError(f"state: expected {name} of shape {shapes[name]}, got {value.shape}")
         for name in ("players", "stags", "hares"):
             if ((values[name] < 0) | (values[name] > config.cells)).any():
-                raise ValueError(f"state: {name} at places from 0 to {config.cells} expected, got {values[name]}")
+                raise ValueError(f"state: expected {name} at places from 0 to {config.cells}, got {values[name]}")
         self._players, self._stags, self._hares = (
             values[k].astype(int).tolist() for k in ("players", "stags", "hares")
         )
@@ -702,14 +702,14 @@ def collect(
     epsilon: float = 0.0,
     games: int = 1_024,
 ) -> Record:
-    """Play scripted policies with each other until there are exactly so many rows (the last game is cut).
+    """Play scripted policies with each other until there are exactly `rows` rows (the last game is cut short).
 
     A row is what one living player saw and did at one step. `games` are played at once; their number does not change
     the record. 8x8 with 18 steps has the class shares of the published note on this data. Raises ValueError for sizes
     that make no sense.
     """
     if rows < 1 or max_cycles < 1 or set(strategies) - set(STRATEGIES) or not strategies:
-        raise ValueError(f"at least one row and step, and strategies of {STRATEGIES} expected, got {strategies}")
+        raise ValueError(f"expected at least one row and step, and strategies of {STRATEGIES}, got {strategies}")
     seats, prior = rosters(len(strategies), config.n_players)
     parts, rosters_played, seeds_played, missing = [], [], [], rows
     while missing > 0:
@@ -828,7 +828,7 @@ def history_posterior(data: Record, policies: np.ndarray | None = None) -> np.nd
     _, episode = np.unique(episode, return_inverse=True)
     likelihood = np.zeros((episode.max() + 1, t.max() + 1, n, strategies))
     acted = probabilities[np.arange(rows), :, arrays["action"]].astype(np.float64)
-    likelihood[episode, t, agent] = np.log(np.maximum(acted, 1e-300))  # gone players say nothing more
+    likelihood[episode, t, agent] = np.log(np.maximum(acted, 1e-300))  # players who are gone add nothing
     before = np.zeros_like(likelihood)
     before[:, 1:] = likelihood.cumsum(1)[:, :-1]
     score = before.reshape(*before.shape[:2], -1) @ holds.reshape(len(seats), -1).T + np.log(prior)
@@ -838,9 +838,9 @@ def history_posterior(data: Record, policies: np.ndarray | None = None) -> np.nd
 
 
 def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws: int = 100) -> np.ndarray:
-    """How often (N,) the commonest next state follows frames (N, C, H, W) and joint actions (N, n), -1 for gone.
+    """How often (N,) the most common next state follows frames (N, C, H, W) and joint actions (N, n), -1 for gone.
 
-    Only stags that move leave anything to chance. Each state is set `draws` times, each time with another seed, so the
+    Only stags that move leave anything to chance. Each state is set `draws` times, each time with a new seed, so the
     share of the commonest outcome is, on average, a little above its probability, as a maximum of estimates is.
     """
     game, shares = StagHunt(**config._asdict(), max_cycles=2), np.zeros(len(obs))
@@ -865,10 +865,10 @@ def commonest_shares(obs: np.ndarray, actions: np.ndarray, config: Config, draws
 
 
 def history_bayes(data: Record, known: Sequence[str] | None = None, slip: float = 0.0) -> np.ndarray:
-    """Predictions (N, A) of Bayes' rule by an observer of the whole game, who knows these strategies of the record's.
+    """Predictions (N, A), by Bayes' rule, of an observer of the whole game who knows the strategies `known`.
 
-    The observer takes all players for such (if left out: for any of the record's), and expects that with probability
-    `slip` they take any legal action. Without slips, an action that none of the known would take is impossible.
+    The observer assumes that all players have one of these (if left out: one of the record's), and that with
+    probability `slip` they take any legal action. Without slips, an action that none of these would take is impossible.
     """
     policies = data.arrays["policy_probs"].astype(np.float64)
     if known is not None:
@@ -880,9 +880,9 @@ def history_bayes(data: Record, known: Sequence[str] | None = None, slip: float 
 
 
 def ceilings(data: Record) -> dict[str, np.ndarray]:
-    """Predictions (N, A) by who knows the policies: `history Bayes`; `oracle`, who is told the strategy.
+    """Predictions (N, A) by observers who know the policies: `history Bayes`; `oracle`, who also knows the strategy.
 
-    Nobody who sees the whole game can do better than the first, nobody at all better than the second.
+    Nobody who sees the whole game can do better than the first, and nobody at all better than the second.
     """
     rows = np.arange(len(data.arrays["strategy"]))
     oracle = data.arrays["policy_probs"][rows, data.arrays["strategy"]].astype(np.float64)

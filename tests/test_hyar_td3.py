@@ -1959,7 +1959,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path, no_pictures
 @pytest.mark.parametrize("changes, parts", [
     ({"total_timesteps": 20}, ("--total-timesteps 20", "ends before the first update")),
     ({"policy_frequency": 132}, ("--policy-frequency 132", "ends before the first update")),
-    ({"discrete_embedding": "one-hot"}, ("--discrete-latent-dim", "one dimension an action", "leave it out")),
+    ({"discrete_embedding": "one-hot"}, ("--discrete-latent-dim", "one dimension per action", "leave it out")),
 ])  # fmt: skip
 def test_runs_in_which_something_would_be_ignored_are_refused(changes, parts, tmp_path, capsys):
     assert exit_status(tiny(tmp_path, **changes)) == 2

@@ -269,12 +269,12 @@ def test_which_runs_can_meet_strangers(runs, tmp_path, capsys):
     headless = train(tmp_path, objective="reconstruction", run_name="headless")
     larger = train(tmp_path, env_id="4p5b8x8", objective="moa", run_name="larger")
     for args, part in (
-        (tables.Unseen(()), "at least one run folder"), (tables.Unseen((run,), games=0), "one game expected"),
+        (tables.Unseen(()), "at least one run folder"), (tables.Unseen((run,), games=0), "and one game"),
         (tables.Unseen((runs / "pretrain_vae_moa-late__4p5b4x4__1",)), "is not finished"),
-        (tables.Unseen((three,)), "of NS and NH expected, but these are of NS, NH, NA"),
+        (tables.Unseen((three,)), "of NS and NH, but these are of NS, NH, NA"),
         (tables.Unseen((run,), seed=1), "trained on games of this seed"),
         (tables.Unseen((headless,)), "no policy head"),
-        (tables.Unseen((run, larger)), "has another game than"),
+        (tables.Unseen((run, larger)), "has a different game from"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             tables.unseen(dataclasses.replace(args, results=tmp_path / "results"))

@@ -353,8 +353,8 @@ BAD_DATA = {
         spoil("action", lambda v: v.astype(object)),
         "cannot be read (ValueError: Object arrays cannot be loaded",
     ),
-    "other repeat": (spoil("action_repeat", 8), "was made with --action-repeat 8, not as here"),
-    "other stack": (spoil("frame_stack", 3), "was made with --frame-stack 3, not as here"),
+    "other repeat": (spoil("action_repeat", 8), "was made with --action-repeat 8, but this run differs"),
+    "other stack": (spoil("frame_stack", 3), "was made with --frame-stack 3, but this run differs"),
     "many repeats": (spoil("action_repeat", np.ones(7)), "cannot be read (ValueError: can only convert"),
     "a last row that is none": (marked(is_last=2), "is_first, is_last and is_terminal contradict each other"),
     "a last row unmarked": (marked(is_last=3), "contradict each other after row 3"),
@@ -1184,7 +1184,7 @@ def test_a_file_that_is_there_is_named_and_compared(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(PointEnv, "reward", lambda self: 2.0)
     run(tmp_path, **ODD, env_id="OddPointEnv-v0", seed=3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: OddPointEnv-v0 does not do what odd.npz holds") and "remove that file" in line
+    assert line.startswith("warning: OddPointEnv-v0 no longer reproduces odd.npz") and "remove that file" in line
 
 
 def test_what_fails_after_the_training_is_a_warning(tmp_path, capsys, monkeypatch):
@@ -1278,7 +1278,7 @@ def test_data_of_another_task_are_refused(env, columns, tmp_path):
     np.savez(tmp_path / "data.npz", env_id="DotHazard-v0", **columns)
     assert len(load(tmp_path / "data.npz", env)[0].rows) == 400
     np.savez(tmp_path / "data.npz", env_id="DotOther-v0", **columns)
-    with pytest.raises(ValueError, match="was made with --env-id DotOther-v0, not as here"):
+    with pytest.raises(ValueError, match="was made with --env-id DotOther-v0, but this run differs"):
         load(tmp_path / "data.npz", env)
 
 

@@ -49,7 +49,7 @@ def rewrite(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"strategy": lambda v: v + 5}, "strategy from 5 to 6, -1 to 1 expected"),
+        ({"strategy": lambda v: v + 5}, "strategy from 5 to 6, expected -1 to 1"),
         ({"strategy": lambda v: np.where(v == 1, -1, v)}, "without the strategy of each row"),
         (
             {"policy_probs": lambda v: v[:, :, 1:]},
@@ -108,7 +108,7 @@ def test_damaged_files_are_refused_with_one_line(data, tmp_path):
     refused("no field meta")
     path.write_bytes(whole)
     rewrite(path, meta=np.array(json.dumps({**data.meta, "format_version": 99})))
-    refused("format version 99, but version 1 expected")
+    refused("format version 99, expected version 1")
     path.write_bytes(whole)
     rewrite(path, action=(data.arrays["action"] + 1) % 7)
     refused("content of action does not have the hash")
@@ -123,7 +123,7 @@ def test_damaged_files_are_refused_with_one_line(data, tmp_path):
         ({"split": np.zeros_like(data.arrays["split"])}, "validation split has no rows"),
         ({"split": data.arrays["split"][:-1], "roster": data.arrays["roster"][:-1],
           "episode_seed": data.arrays["episode_seed"][:-1]}, "episode from 0 to"),
-        ({"action": data.arrays["action"] - 1}, "action from -1 to 5, 0 to 6 expected"),
+        ({"action": data.arrays["action"] - 1}, "action from -1 to 5, expected 0 to 6"),
     ):  # fmt: skip
         spoil(path, data, **changes)
         refused(match)
@@ -151,8 +151,8 @@ def test_arrays_of_other_types_become_a_checked_record():
 
 
 @pytest.mark.parametrize(("name", "change", "part"), [
-    ("agent", lambda v: v + 1, "agent from 1 to 4, 0 to 3 expected"),
-    ("prev_actions", lambda v: np.where(v < 0, 99, v), "prev_actions from 0 to 99, -1 to 6 expected"),
+    ("agent", lambda v: v + 1, "agent from 1 to 4, expected 0 to 3"),
+    ("prev_actions", lambda v: np.where(v < 0, 99, v), "prev_actions from 0 to 99, expected -1 to 6"),
     ("obs", lambda v: v * 0.5, "obs holds values that uint8 cannot"),
     ("action", lambda v: v.astype(int) + 256, "action holds values that int8 cannot"),
 ])  # fmt: skip
@@ -167,7 +167,7 @@ def test_numbers_that_a_record_cannot_hold_are_refused(name, change, part, data)
     ("rewards", lambda v: v.astype(np.float64) + 1e39, "rewards holds values that are not finite"),
     ("joint_action", lambda v: np.where(v < 0, -2, v), "joint_action from -2"),
     ("t", lambda v: v - 1, "t from -1"),
-    ("split", lambda v: v + 1, "split from 1 to 3, 0 to 2 expected"),
+    ("split", lambda v: v + 1, "split from 1 to 3, expected 0 to 2"),
     ("obs", lambda v: v[:, :, :0], "obs has no lines"),
     ("next_obs", lambda v: v[:, :6], "next_obs has 6 planes, other fields 7"),
 ])  # fmt: skip
@@ -180,13 +180,13 @@ def test_values_that_make_no_sense_are_refused(name, change, part, data):
     ("{not json", "meta is not JSON"),
     ("[" * 100_000, "meta is not JSON"),
     ("[1]", "format version None"),
-    ({"strategies": 2}, "meta: strategies is 2; a list of names expected"),
+    ({"strategies": 2}, "meta: strategies is 2; expected a list of names"),
     ({"sha256": ["x"]}, "meta: sha256 is"),
-    ({"observation_scale": 0}, "meta: observation_scale is 0; a positive number expected"),
+    ({"observation_scale": 0}, "meta: observation_scale is 0; expected a positive number"),
     ({"observation_scale": float("nan")}, "meta: observation_scale is nan"),
     ({"env_kwargs": [3]}, "meta: env_kwargs is"),
-    ({"env_kwargs": {"max_cycles": -3}}, "meta: max_cycles is -3; a whole number of at least 1 expected"),
-    ({"env_kwargs": {"max_cycles": "18"}}, "meta: max_cycles is 18; a whole number"),
+    ({"env_kwargs": {"max_cycles": -3}}, "meta: max_cycles is -3; expected a whole number of at least 1"),
+    ({"env_kwargs": {"max_cycles": "18"}}, "meta: max_cycles is 18; expected a whole number"),
 ])  # fmt: skip
 def test_a_damaged_meta_is_refused(meta, part, data, tmp_path):
     path = tmp_path / "x.npz"

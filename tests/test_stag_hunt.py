@@ -210,7 +210,7 @@ def test_impossible_games_are_refused(arguments):
         StagHunt(**arguments)
     env = StagHunt()
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="player_1: an action"):
+    with pytest.raises(ValueError, match="player_1: expected an action"):
         env.step({"player_0": 1, "player_1": 7, "player_2": 0, "player_3": 0})
 
 

@@ -66,9 +66,9 @@ START, END = "<!-- table plas-long: python benchmark/tables.py -->\n", "<!-- end
     ("text", "message"),
     [
         (START.replace("plas-long", "nothing") + END, "new.md has a table nothing, which is not one of scripts, hyar-"),
-        (START + START + END, "new.md has a mark of a table without its other mark, or misspelt"),
-        (START.replace("python ", "") + END, "new.md has a mark of a table without its other mark, or misspelt"),
-        (END, "new.md has a mark of a table without its other mark, or misspelt"),
+        (START + START + END, "new.md has a table mark that is misspelt or lacks its other mark"),
+        (START.replace("python ", "") + END, "new.md has a table mark that is misspelt or lacks its other mark"),
+        (END, "new.md has a table mark that is misspelt or lacks its other mark"),
     ],
 )
 def test_a_wrong_mark_is_refused_before_a_page_is_written(text, message, copy, capsys):

@@ -552,7 +552,7 @@ BAD_DATA = {
     "two selves": ({"obs": "twice"}, "a player's plane with two ones"),
     "grey": ({"obs": "grey"}, "1 rows have obs that are not 0 or 1"),
     "nan": ({"rewards": "nan"}, "1 rows have rewards that are not finite"),
-    "planes": ({"obs": "fewer", "next_obs": "fewer"}, "(N, n + 3, H, W), actions and rewards (N, n) expected, got obs"),
+    "planes": ({"obs": "fewer", "next_obs": "fewer"}, "(N, n + 3, H, W), actions and rewards (N, n), got obs"),
     "unequal": ({"obs": "few", "next_obs": "few"}, "got obs (3, 7, 8, 8), actions (2000, 4)"),
     "objects": ({"actions": "objects"}, "Python objects"),
     "no rows": ({"obs": "none", "actions": "none", "rewards": "none", "next_obs": "none"}, "has 0 rows: too few"),
@@ -561,7 +561,7 @@ BAD_DATA = {
         "has 3 rows: too few to hold out",
     ),
     "teleport": ({"next_obs": "teleport"}, "add --no-mask"),
-    "words": ({"actions": "words"}, "numbers expected in actions"),
+    "words": ({"actions": "words"}, "expected numbers in actions"),
     "halves": ({"actions": "halves"}, "1 rows have actions that are not whole numbers from -1"),
     "negative": ({"actions": "negative"}, "1 rows have actions that are not whole numbers from -1"),
 }
@@ -627,7 +627,7 @@ def test_other_files_are_refused_with_a_line(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, part",
     [
-        ({"max_cycles": -3}, "max_cycles is -3; a whole number of at least 1 expected"),
+        ({"max_cycles": -3}, "max_cycles is -3; expected a whole number of at least 1"),
         ({"size": "eight"}, "its meta names an impossible game"),
         ({"n_hares": -1}, "its meta names an impossible game"),
     ],
@@ -678,8 +678,8 @@ def test_sizes_that_no_memory_holds_are_refused(changes, tmp_path, capsys):
 
 
 FUNCTIONS = {
-    "shape": ("obs[:, :3], actions * 0.0", "next_obs of shape (1000, 3, 8, 8), (1000, 7, 8, 8) expected"),
-    "rewards": ("obs, actions[:, 0] * 0.0", "rewards of shape (1000,), (1000, 4) expected"),
+    "shape": ("obs[:, :3], actions * 0.0", "next_obs of shape (1000, 3, 8, 8), expected (1000, 7, 8, 8)"),
+    "rewards": ("obs, actions[:, 0] * 0.0", "rewards of shape (1000,), expected (1000, 4)"),
     "nan": ("obs * np.nan, actions * 0.0", "next_obs with 448000 values that are not finite"),
     "nan without a stag": (
         "obs, obs[:, 5].any((1, 2))[:, None] / obs[:, 5].any((1, 2))[:, None] * actions",
@@ -837,7 +837,7 @@ def test_a_copy_of_the_script_alone_trains_on_a_plain_file(data, tmp_path):
         records.save_records(tmp_path / "record.npz", stag_hunt.collect(400, seed=1))
         result = subprocess.run([*command, *extra], cwd=tmp_path, env=environment, capture_output=True, text=True)
         (line,) = result.stderr.splitlines()
-        assert result.returncode == 2 and "is not here to" in line
+        assert result.returncode == 2 and "which is not here" in line
 
 
 def test_a_signal_after_the_last_step_ends_the_run_at_once(tmp_path, monkeypatch, no_pictures):
