@@ -51,7 +51,7 @@ shifted reacher-easy 1
 ablation random-shift ball_in_cup-catch 1 --random-shift 4
 pendulum ""
 pendulum -bf16 --bf16
-pendulum -residual --residual-action
+pendulum -residual-alone --residual-action
 ablation no-reconstruction cartpole-swingup 1 --no-reconstruction
 for environment in finger-spin walker-walk reacher-easy cheetah-run; do
     table $environment 1

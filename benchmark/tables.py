@@ -120,7 +120,7 @@ def sac_tasks() -> str:
 def sac_pendulum() -> str:
     """Pendulum from pixels in both precisions."""
     lines = []
-    for name, variant in (("float32", ""), ("`--bf16`", "bf16")):
+    for name, variant in (("float32", ""), ("`--bf16`", "bf16"), ("`--residual-action`", "residual-alone")):
         scores = last_returns("Pendulum-v1", variant)
         lines.append([name, str(len(scores)), "20,000", mean_and_std(scores.values(), 0), each_seed(scores, 0)])
     return markdown(["Pendulum-v1", "seeds", "steps", "return", "each seed (seed)"], lines)

@@ -901,7 +901,7 @@ def test_bad_datasets_are_refused(tiny, tmp_path, capsys):
 
 
 def test_too_few_games_are_refused(tiny, tmp_path, capsys):
-    refused(capsys, tmp_path, tiny(rows=8, data_dir=str(tmp_path / "new")), "--rows 8 are", "at least 3 are needed")
+    refused(capsys, tmp_path, tiny(rows=8, data_dir=str(tmp_path / "new")), "--rows 8 make", "at least 3 are needed")
     assert not (tmp_path / "new").exists()
 
 

@@ -2166,7 +2166,8 @@ def test_the_results_table_has_the_last_evaluation_beside_the_papers(tmp_path, c
     ]  # fmt: skip
     assert any("| Pendulum-v1 | return | – | – | -150 |" in line for line in others)
     (line,) = (folder / "ablations.md").read_text().splitlines()[2:]
-    assert "| random-shift | 700 | 20 | 1 | 20,000 | 700 (1) |" in line  # the unchanged run at the same step
+    # Beside the unchanged run at the same step.
+    assert "| random-shift | 700 | – | 20 | +680 | – | 1 | 20,000 | 700 (1) |" in line
     assert {path.name for path in folder.glob("*.png")} == {
         "cartpole-swingup.png", "cartpole-swingup__ablations.png", "Pendulum-v1.png", "their-Thing-v1.png",
     }  # fmt: skip
@@ -2192,7 +2193,7 @@ def test_every_job_is_what_its_name_says():
         shifted = name in ("shift-alone", "residual", "newcomer")
         assert args.random_shift == 4 * (shifted or name == "random-shift")
         assert args.reconstruction == (not shifted and name != "no-reconstruction")
-        assert args.residual_action == (name == "residual")
+        assert args.residual_action == (name in ("residual", "residual-alone"))
         assert pendulum or args.image_size == (64 if name == "newcomer" else 84)
         assert args.total_timesteps == (20_000 if pendulum else 100_000)
         assert sac_ae_pixels.agent_steps(args) * args.action_repeat == args.total_timesteps
