@@ -118,7 +118,7 @@ def sac_tasks() -> str:
 
 
 def sac_pendulum() -> str:
-    """Pendulum from pixels in both precisions."""
+    """Pendulum from pixels in both precisions, and with residual actions."""
     lines = []
     for name, variant in (("float32", ""), ("`--bf16`", "bf16"), ("`--residual-action`", "residual-alone")):
         scores = last_returns("Pendulum-v1", variant)
@@ -446,15 +446,13 @@ def speed(scripts: tuple[str, ...]) -> str:
     for script in scripts:
         found = json.loads((RESULTS / "speed" / f"{script}.json").read_text())
         for i, row in enumerate(found["rows"]):
-            steps = f"{row['steps']:,.0f}" if row["steps"] and i == 0 else ""
+            name, steps, memory, where = "", "", "", ""
+            if i == 0:  # what all rows of a script share
+                name, steps = f"`{script}`", f"{row['steps']:,.0f}" if row["steps"] else ""
+                memory, where = f"{found['peak_memory'] / 2**20:,.0f} MiB", f"{found['commit']}; {found['machine']}"
+            updates = f"{row['updates']:,.{1 if row['updates'] < 100 else 0}f}"
             ratio = f"{row['ratio']:.2f}" if row["ratio"] else "–"
-            memory = f"{found['peak_memory'] / 2**20:,.0f} MiB" if i == 0 else ""
-            name = f"`{script}`" if i == 0 else ""
-            updates = f"{row['updates']:,.1f}" if row["updates"] < 100 else f"{row['updates']:,.0f}"
-            lines.append(
-                [name, row["update"], steps, updates, ratio, f"{row['roofline']:.0%}".replace("%", " %"), memory]
-            )
-            lines[-1].append(f"{found['commit']}; {found['machine']}" if i == 0 else "")
+            lines.append([name, row["update"], steps, updates, ratio, f"{100 * row['roofline']:.0f} %", memory, where])
     header = ["script", "update", "environment steps/s", "updates/s", "times plain", "share of the roofline"]
     return markdown([*header, "memory of a short run", "commit; machine"], lines)
 
@@ -531,7 +529,7 @@ def main(args: Args) -> None:
     if not (args.root / "README.md").is_file():
         usage_error(f"--root {args.root}: no README.md there")
     pages = [args.root / "README.md", *sorted((args.root / "docs").rglob("*.md"))]
-    pages += [page for page in [args.root / "benchmark" / "results" / "speed.md"] if page.exists()]
+    pages += (args.root / "benchmark" / "results").glob("speed.md")
     filled = {page: fill(page.read_text(), page.name) for page in pages}  # all, before one is written
     stale = [page for page in pages if page.read_text() != filled[page]]
     if not args.check:

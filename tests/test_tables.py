@@ -16,8 +16,11 @@ from benchmark import tables  # noqa: E402
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of README and docs."""
-    shutil.copy(ROOT / "README.md", tmp_path)
+    """A copy of README, docs and the table of speeds."""
+    results = Path("benchmark") / "results"
+    (tmp_path / results).mkdir(parents=True)
+    for page in ("README.md", results / "speed.md"):
+        shutil.copy(ROOT / page, tmp_path / page)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
     return tmp_path
 
