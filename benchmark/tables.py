@@ -79,15 +79,16 @@ def hyar_fresh() -> str:
 
 # SAC+AE --------------------------------------------------------------------------------------------------------------
 # At 100,000 environment steps. "Plot": read off the figures of SAC+AE's paper (± 10). "Run again": five seeds in the
-# logs of KarlXing/RL-Visual-Continuous-Control, with batches of 256 and without the penalties. SAC+AE as CURL quotes
-# it, and DrQ's means, are in plot.py.
-SIX_TASKS = {  # task -> plot, SAC+AE run again, deviation of DrQ
-    "cartpole-swingup": ("253", "292 ± 34", "88"),
-    "ball_in_cup-catch": ("394", "343 ± 173", "51"),
-    "finger-spin": ("739", "636 ± 113", "99"),
-    "walker-walk": ("388", "253 ± 30", "160"),
-    "reacher-easy": ("269", "315 ± 74", "191"),
-    "cheetah-run": ("261", "237 ± 28", "66"),
+# logs of KarlXing/RL-Visual-Continuous-Control, with batches of 256 and without the penalties. RAD (arXiv 2004.14990) as
+# COVR (AAAI 2026) prints it. ResAct (AAAI 2025) has residual actions, and more. SAC+AE as CURL quotes it, and DrQ's
+# means, are in plot.py.
+SIX_TASKS = {  # task -> plot, SAC+AE run again, RAD, deviation of DrQ, ResAct
+    "cartpole-swingup": ("253", "292 ± 34", "694", "88", "819 ± 44"),
+    "ball_in_cup-catch": ("394", "343 ± 173", "825", "51", "948 ± 44"),
+    "finger-spin": ("739", "636 ± 113", "813", "99", "974 ± 42"),
+    "walker-walk": ("388", "253 ± 30", "552", "160", "772 ± 65"),
+    "reacher-easy": ("269", "315 ± 74", "734", "191", "917 ± 59"),
+    "cheetah-run": ("261", "237 ± 28", "364", "66", "503 ± 42"),
 }
 
 
@@ -107,14 +108,14 @@ def with_seeds(scores: dict[int, float]) -> str:
 def sac_tasks() -> str:
     """The six tasks of the paper at 100,000 steps."""
     lines = []
-    for task, (drawn, again, drq_std) in SIX_TASKS.items():
+    for task, (drawn, again, rad, drq_std, resact) in SIX_TASKS.items():
         paper = plot.published("sac_ae_pixels", task)
-        own = [with_seeds(last_returns(task, variant)) for variant in ("", "shift-alone")]
+        own = [with_seeds(last_returns(task, variant)) for variant in ("", "shift-alone", "residual")]
         curl, drq = f"{paper.mean:.0f} ± {paper.std:.0f}", f"{paper.later:.0f} ± {drq_std}"
-        lines.append([task, drawn, curl, again, own[0], drq, own[1]])
+        lines.append([task, drawn, curl, again, own[0], rad, drq, own[1], resact, own[2]])
     header = ["100,000 environment steps", "SAC+AE, the paper's plot", "SAC+AE, as CURL quotes it"]
-    header += ["SAC+AE, run again (5 seeds)", "ours", "DrQ", "ours, random shifts, no decoder"]
-    return markdown(header, lines)
+    header += ["SAC+AE, run again (5 seeds)", "ours", "RAD", "DrQ", "ours, random shifts, no decoder"]
+    return markdown([*header, "ResAct", "ours, shifts and residual actions"], lines)
 
 
 def sac_pendulum() -> str:
