@@ -36,6 +36,7 @@ ablations() { # environment, seeds, arguments
 ablation as-released Goal-v0 "1 2 3 4 5" --no-bootstrap-at-limit --rebuild-vae-optimizer --no-relabel-in-latent-range
 ablation limit-is-terminal Goal-v0 "1 5 4 2 3" --no-bootstrap-at-limit # why do values diverge?
 ablation limit-is-terminal HardGoal-v0 "3 1 2 4 5" --no-bootstrap-at-limit
+ablation limit-is-terminal Platform-v0 "1 2 3" --no-bootstrap-at-limit --total-timesteps 50000
 # Both as in the original code: does its VAE, with its other kind of steps, learn Goal where ours is slow (seed 4)?
 ablation rebuilt-adam-limit-is-terminal Goal-v0 "4 5 1 2 3" --no-bootstrap-at-limit --rebuild-vae-optimizer
 # A quarter of Platform's budget: the unchanged script reaches its level by then, and its first quarter is the same run.

@@ -62,6 +62,35 @@ def hyar_variants(environment: str) -> str:
     return plot.ablations_table("hyar_td3", kept)
 
 
+SELECTION = {  # candidate -> what it changes, beyond the limit as a terminal state
+    "limit-is-terminal": "nothing else",
+    "hl-gauss": "HL-Gauss critics: 101 bins, sigma of 0.75 bins",
+    "random-rows": "half of a batch from the random phase, none from step 100,000 on",
+    "proposals": "the actor also moves towards the best of 8 random latent actions",
+    "replayed": "the actor also moves towards the best of 8 latent actions of other states",
+    "explore-replayed": "every tenth action is one of the buffer's",
+    "wide": "every fifth action has a noise of 1",
+    "slow-noise": "`--exploration-noise-episodes 10000`",
+    "noise-0.3": "`--exploration-noise 0.3`",
+    "low-kl": "`--kl-weight 0.05 --vae-learning-rate 1e-3`",
+    "very-low-kl": "`--kl-weight 0.005 --vae-learning-rate 1e-3`",
+}
+
+
+def hyar_selection() -> str:
+    """Each candidate's success in the five evaluations up to step 50,000, by seed."""
+    rows = rows_of("hyar_td3", "selection", "selection.csv")
+    lines = []
+    for name, change in SELECTION.items():
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            if row["candidate"] == name and 37_500 < int(row["step"]) <= 50_000:
+                found.setdefault(row["seed"], []).append(float(row["success"]))
+        cells = [f"{np.mean(found[seed]):.2f}" if seed in found else "–" for seed in ("101", "102", "103")]
+        lines.append([change, *cells])
+    return markdown(["change", "seed 101", "seed 102", "seed 103"], lines)
+
+
 def hyar_fresh() -> str:
     """The best model of each run on fresh episodes."""
     found: dict[str, dict[int, float]] = {}
@@ -485,6 +514,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "hyar-fresh": hyar_fresh,
     "hyar-platform": lambda: hyar_variants("Platform-v0"),
     "hyar-goal": lambda: hyar_variants("Goal-v0"),
+    "hyar-hard-goal": lambda: hyar_variants("HardGoal-v0"),
+    "hyar-selection": hyar_selection,
     "sac-tasks": sac_tasks,
     "sac-pendulum": sac_pendulum,
     "sac-cartpole": lambda: sac_shifts("cartpole-swingup"),
