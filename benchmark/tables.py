@@ -108,8 +108,8 @@ def hyar_fresh() -> str:
 
 # SAC+AE --------------------------------------------------------------------------------------------------------------
 # At 100,000 environment steps. "Plot": read off the figures of SAC+AE's paper (± 10). "Run again": five seeds in the
-# logs of KarlXing/RL-Visual-Continuous-Control, with batches of 256 and without the penalties. RAD (arXiv 2004.14990) as
-# COVR (AAAI 2026) prints it. ResAct (AAAI 2025) has residual actions, and more. SAC+AE as CURL quotes it, and DrQ's
+# logs of KarlXing/RL-Visual-Continuous-Control, with batches of 256 and without the penalties. RAD (arXiv 2004.14990)
+# as COVR (AAAI 2026) prints it. ResAct (AAAI 2025) has residual actions, and more. SAC+AE as CURL quotes it, and DrQ's
 # means, are in plot.py.
 SIX_TASKS = {  # task -> plot, SAC+AE run again, RAD, deviation of DrQ, ResAct
     "cartpole-swingup": ("253", "292 ± 34", "694", "88", "819 ± 44"),
