@@ -44,9 +44,6 @@ torch.set_num_threads(1)
 # --- synthetic runs ---
 STEPS = 100  # environment steps between two evaluations
 
-# The roofline is timed apart from the updates: on a busy machine they may seem to exceed it.
-MOST_ROOFLINE = 1.5
-
 
 def curve(values, success=0.5):
     """An eval.csv's columns: one evaluation for each value."""
@@ -455,7 +452,7 @@ def test_speed_prints_and_writes_its_figures(tmp_path, capsys):
     assert figures["commit"] and "cores" in figures["machine"]
     assert figures["environments"]["Platform-v0"]["ratio"] > 1.0
     assert figures["updates"]["fast"]["updates_per_second"] > 10.0
-    assert 0.05 < figures["updates"]["fast"]["roofline_share"] < MOST_ROOFLINE
+    assert 0.05 < figures["updates"]["fast"]["roofline_share"] < 1.0
     ratio = figures["updates"]["plain"]["milliseconds_per_cycle"] / figures["updates"]["fast"]["milliseconds_per_cycle"]
     assert figures["updates"]["ratio"] == pytest.approx(ratio)
     assert figures["learning"]["episode_length"] >= 1.0
@@ -474,7 +471,7 @@ def test_speed_of_the_pretrained_vae(tmp_path, capsys):
     assert figures["game"]["vector_steps_per_second"] > 10 * figures["game"]["parallel_env_steps_per_second"] > 1_000
     for name in ("moa, context 1", "both, context 1", "moa, context history"):
         found = figures[name]
-        assert 0.0 < found["batch_share"] < 0.5 and 0.02 < found["roofline_share"] < MOST_ROOFLINE
+        assert 0.0 < found["batch_share"] < 0.5 and 0.02 < found["roofline_share"] < 1.0
         assert found["rows_per_second"] > 500 and found["operations_per_row"] > 1e6
     assert figures["moa, context 1"]["batches_faster"] > 1.0
     printed = capsys.readouterr().out
@@ -490,8 +487,10 @@ def test_speed_of_the_other_scripts(script, tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     figures = json.loads((tmp_path / "speed.json").read_text())
     assert 100 * 2**20 < figures["peak_memory"] < 8 * 2**30
+    # On a Zen 5, convolutions of 64 x 64 pictures run faster than the product that the roofline is taken from.
+    most = {"world_model_test": 1.0, "plas_pixels": 1.5}[script]
     for row in figures["rows"]:
-        assert row["updates"] > 0.1 and row["ratio"] > 0.5 and 0.01 < row["roofline"] < MOST_ROOFLINE
+        assert row["updates"] > 0.1 and row["ratio"] > 0.5 and 0.01 < row["roofline"] < most
     assert len(figures["rows"]) == {"world_model_test": 1, "plas_pixels": 4}[script]
 
 
