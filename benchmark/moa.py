@@ -16,7 +16,8 @@ own, a mask sliced from the wrong columns, scores of training rows), without the
 questions.csv and questions.md there.
 `ceilings` plays games of several kinds and writes what can be known about their players to ceilings.md.
 `unseen` tests runs that were trained on games of NS and NH on games in which 0, 1, 2, ... of the players are NA, beside
-Bayes observers who know two scripts or all three, and writes unseen.csv, unseen.md and unseen.png.
+Bayes observers who know two scripts or all three, and writes unseen.csv, unseen.md and unseen.png. What unseen.csv
+already holds of other runs stays there.
 """
 
 import csv
@@ -748,11 +749,31 @@ def unseen(args: Unseen) -> None:
         for variant, seed, q in predictions:
             own = {"variant": variant, "seed": seed, "unseen": count / players}
             table += [{**own, **row} for row in unseen_scores(q, records)]
+    table = with_other_runs(table, args.results / "unseen.csv")
     write_rows(args.results / "unseen.csv", table)
     text = unseen_table(table)
     (args.results / "unseen.md").write_text(text)
     draw_unseen(table).savefig(args.results / "unseen.png", dpi=120)
     print(text)
+
+
+def with_other_runs(table: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows of `table`, and what the file at `path` holds of other runs. Exits if those were tested on other games.
+
+    The observers are the test of this: in the same games, they have the same figures.
+    """
+    found = read_rows(path) if path.exists() else []
+    rows = [{name: str(value) for name, value in row.items()} for row in table]
+    tested = {(row["variant"], row["seed"]) for row in rows}
+    observed = [
+        {(row["variant"], row["unseen"], row["ego"], row["rows"]): float(row["nll"]) for row in part if not row["seed"]}
+        for part in (found, rows)
+    ]
+    same = all(abs(observed[0].get(key, math.inf) - value) < 1e-4 for key, value in observed[1].items())  # any CPU
+    if found and not same:
+        usage_error(f"{path} was made with other --games, --seed or data; choose another --results")
+    rows += [row for row in found if (row["variant"], row["seed"]) not in tested]
+    return sorted(rows, key=lambda row: (float(row["unseen"]), row["seed"] != "", row["variant"], row["seed"]))
 
 
 def unseen_values(table: list[dict[str, Any]], variant: str, ego: str, share: float, column: str) -> list[float]:

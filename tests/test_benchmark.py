@@ -487,10 +487,8 @@ def test_speed_of_the_other_scripts(script, tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     figures = json.loads((tmp_path / "speed.json").read_text())
     assert 100 * 2**20 < figures["peak_memory"] < 8 * 2**30
-    # On a Zen 5, convolutions of 64 x 64 pictures run faster than the product that the roofline is taken from.
-    most = {"world_model_test": 1.0, "plas_pixels": 1.5}[script]
     for row in figures["rows"]:
-        assert row["updates"] > 0.1 and row["ratio"] > 0.5 and 0.01 < row["roofline"] < most
+        assert row["updates"] > 0.1 and row["ratio"] > 0.5 and 0.01 < row["roofline"] < 1.0
     assert len(figures["rows"]) == {"world_model_test": 1, "plas_pixels": 4}[script]
 
 

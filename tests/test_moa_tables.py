@@ -247,6 +247,16 @@ def test_runs_meet_players_of_a_third_script(runs, tmp_path, capsys):
     pixels = np.asarray(Image.open(tmp_path / "results" / "unseen.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
+    # Another call adds its runs, and does not mix them with other games.
+    args = tables.Unseen(paths[:1], games=8, seed=9, results=tmp_path / "results")
+    written = (tmp_path / "results" / "unseen.csv").read_bytes()
+    tables.unseen(args)
+    assert (tmp_path / "results" / "unseen.csv").read_bytes() == written
+    with pytest.raises(SystemExit):
+        tables.unseen(dataclasses.replace(args, games=9))
+    assert "other --games, --seed or data; choose another --results" in capsys.readouterr().err
+    assert (tmp_path / "results" / "unseen.csv").read_bytes() == written
+
 
 def test_games_of_each_share_begin_alike_and_the_others_are_as_in_training():
     meta = stag_hunt.collect(50, seed=1).meta
