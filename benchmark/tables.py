@@ -160,6 +160,8 @@ def sac_shifts(environment: str) -> str:
     """What the decoder and random shifts contribute, one seed."""
     names = {
         "shift-alone": "`--random-shift 4 --no-reconstruction`",
+        "residual": "the same with `--residual-action`",
+        "newcomer": "the first with `--image-size 64`",
         "random-shift": "`--random-shift 4`",
         "": "neither (SAC+AE)",
         "no-reconstruction": "`--no-reconstruction` (SAC:pixel)",
