@@ -43,5 +43,11 @@ ablation rebuilt-adam-limit-is-terminal Goal-v0 "4 5 1 2 3" --no-bootstrap-at-li
 ablations Platform-v0 "1 2 3" --total-timesteps 50000
 ablations Goal-v0 "5 4 1"
 
-table CatchPoint-v0 "1"
-for n in 4 6 8 10; do table "HardMove$n-v0" "1"; done
+# The rest of the paper's table, a million steps each; and does a learnt embedding beat one-hot vectors of 16 actions?
+table CatchPoint-v0 "1 2 3"
+for n in 4 10; do table "HardMove$n-v0" "1 2 3"; done
+ablation one-hot HardMove4-v0 "1 2 3" --discrete-embedding one-hot
+for n in 6 8; do table "HardMove$n-v0" "1"; done
+table CatchPoint-v0 "4 5"
+for n in 4 10; do table "HardMove$n-v0" "4 5"; done
+for n in 6 8; do table "HardMove$n-v0" "2 3 4 5"; done
