@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(BENCHMARK)]
 
 import evaluate  # noqa: E402
 import latent  # noqa: E402
+import plas_clone  # noqa: E402
 import plas_data  # noqa: E402
 import plas_study  # noqa: E402
 import plot  # noqa: E402
@@ -995,3 +996,46 @@ def test_without_runs_nothing_is_made(tool, tmp_path, capsys):
     assert stopped.value.code == 2 and not (tmp_path / "results").exists()
     error = capsys.readouterr().err
     assert error.startswith("error: no finished runs") and error.count("\n") == 1
+
+
+# --- plas_clone.py ---
+def test_a_clone_from_states_stays_where_untrained_policies_leave(tmp_path, capsys):
+    """Returns are those of the run's own evaluation, errors those of the actions, and bad input is one line."""
+    plas_data.main(data(tmp_path, collect="expert", steps=4000))
+    args = plas_pixels.Args(hidden_dim=8, num_filters=2, seed=3, dataset=str(tmp_path / "expert.npz"))
+    plas_pixels.check(args)
+    torch.manual_seed(0)
+    environments = [plas_pixels.make_env(args) for _ in range(3)]
+    agent = plas_pixels.PLAS(args, environments[0], torch.device("cpu"))
+    torch.save({"agent": agent.state_dict(), "arguments": json.dumps(asdict(args))}, tmp_path / "model.pt")
+    capsys.readouterr()
+    asked = plas_clone.Args(tmp_path, episodes=3, steps=1000)
+    plas_clone.main(asked)
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [row[0] for row in rows] == ["cloned from states", "cloned from pictures (z = 0)", "the policy"]
+    dataset, *_ = plas_pixels.load(tmp_path / "expert.npz", environments[0])
+    assert f"the data's return: {dataset.returns.mean():.0f}" in title
+
+    own = plas_pixels.evaluate(agent, environments, 3)
+    assert rows[2][2] == f"{own['episodic_return']:.0f} ± {own['return_std']:.0f}"
+    late = dataset.rows > int(dataset.starts[int(np.ceil(0.9 * len(dataset.starts)))])
+    batch = dataset.batch(late.nonzero()[:, 0])
+    with torch.no_grad():
+        cloned = agent.vae.decode(agent.vae_encoder(batch.observation), torch.zeros(len(batch.action), 4))
+    assert float(rows[1][1]) == pytest.approx(float((cloned - batch.action).square().mean()), abs=6e-4)
+    errors, outside = [float(row[1]) for row in rows], [int(row[3].rstrip("%")) for row in rows]
+    assert errors[0] < 0.3 * min(errors[1:]) and outside[0] < min(outside[1:]) and max(outside) > 20
+
+    np.savez(tmp_path / "blind.npz", **{k: v for k, v in columns_of(tmp_path / "expert.npz").items() if k != "state"})
+    for wrong, said in (
+        (replace(asked, dataset=tmp_path / "blind.npz"), "name an npz file with the column state"),
+        (replace(asked, dataset=tmp_path / "none.npz"), "there is no dataset"),
+        (replace(asked, episodes=0), "--episodes 0"),
+        (replace(asked, model="absent.pt"), "there is no model"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            plas_clone.main(wrong)
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
