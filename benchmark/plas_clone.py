@@ -13,6 +13,9 @@ the VAE decodes from z = 0, and the run's policy. The table shows for each
 - the share of its steps that are outside of the data: the state's distance to the nearest of the data's (in standard
   deviations of each dimension) is larger than for all but one in a hundred of the last tenth's states;
 - the median, over episodes, of the first such step.
+
+A line below says how far z moves an action: the standard deviation of decoded actions over z, uniform within the
+policy's bounds. If the KL term is strong and the data's noise weak, the VAE ignores z, and the policy can only clone.
 """
 
 import sys
@@ -34,6 +37,7 @@ from benchmark import evaluate
 from benchmark.plot import markdown, usage_error
 
 HIDDEN, BATCH_SIZE, LEARNING_RATE = 256, 256, 1e-3
+DRAWS = 16  # of z for each observation
 ROWS = 4_000  # of the held-out tenth on which the policies that see pictures are scored
 
 
@@ -123,7 +127,7 @@ def main(args: Args) -> None:
     }
     index = torch.from_numpy(held_out.nonzero()[0])
     index = index[torch.randperm(len(index))[:ROWS]]
-    lines = []
+    lines, errors = [], []
     for name, act in policies.items():
         parts = [
             F.mse_loss(
@@ -146,13 +150,21 @@ def main(args: Args) -> None:
             returns.append(total)
             outside.append(far.mean())
             first.append(far.argmax() if far.any() else np.inf)
-        error, spread = float(torch.cat(parts).mean()), f"{np.mean(returns):.0f} ± {np.std(returns):.0f}"
+        errors.append(float(torch.cat(parts).mean()))
+        spread = f"{np.mean(returns):.0f} ± {np.std(returns):.0f}"
         start = f"{np.median(first):.0f}" if np.median(first) < np.inf else "none"
-        lines.append([name, f"{error:.3f}", spread, f"{np.mean(outside):.0%}", start])
+        lines.append([name, f"{errors[-1]:.3f}", spread, f"{np.mean(outside):.0%}", start])
     header = ["", "squared error on the data", "return", "steps outside of the data", "first such step"]
     own = f"{args.episodes} of the run's own episodes"
     print(f"{args.run / args.model}, {own}; the data's return: {dataset.returns.mean():.0f}")
     print(markdown(header, lines))
+    observation = dataset.batch(index[:250]).observation
+    with agent.autocast():
+        feature = agent.vae_encoder(observation).repeat(DRAWS, 1)
+        z = agent.policy.bound * (2.0 * torch.rand(len(feature), agent.vae.latent_dim) - 1.0)
+        moved = agent.vae.decode(feature, z).float().view(DRAWS, len(observation), -1).std(0).mean()
+    noise = errors[0] ** 0.5
+    print(f"z moves an action by {moved:.3f}; the data's actions differ by {noise:.3f} from the clone from states")
 
 
 if __name__ == "__main__":

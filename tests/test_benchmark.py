@@ -1011,8 +1011,10 @@ def test_a_clone_from_states_stays_where_untrained_policies_leave(tmp_path, caps
     capsys.readouterr()
     asked = plas_clone.Args(tmp_path, episodes=3, steps=1000)
     plas_clone.main(asked)
-    title, *lines = capsys.readouterr().out.strip().splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    title, *lines, last = capsys.readouterr().out.strip().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
+    moved, noise = (float(word) for word in last.replace(";", "").split() if word[0] == "0")
+    assert moved > 0.0 and noise == pytest.approx(float(rows[0][1]) ** 0.5, abs=0.01)
     assert [row[0] for row in rows] == ["cloned from states", "cloned from pictures (z = 0)", "the policy"]
     dataset, *_ = plas_pixels.load(tmp_path / "expert.npz", environments[0])
     assert f"the data's return: {dataset.returns.mean():.0f}" in title
