@@ -906,13 +906,21 @@ FIELDS = {  # a dataset's columns, with one value per row
     "image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32,
     "is_first": bool, "is_last": bool, "is_terminal": bool,
 }  # fmt: skip
-SETTINGS = ("action_repeat", "frame_stack", "env_id", "collect", "first_seed")  # single values: how it was made
+SETTINGS = (
+    "action_repeat",
+    "frame_stack",
+    "camera",
+    "env_id",
+    "collect",
+    "first_seed",
+)  # single values: how it was made
 
 
 def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:
     """Raise a one-line ValueError if the pictures or the actions of a file do not match those of `env`."""
     here = {"image_size": env.size[0], "frame_stack": env.args.frame_stack, "action_repeat": env.args.action_repeat}
     here |= {"env_id": env.spec.id} if env.spec else {}
+    here |= {"camera": env.args.camera} if env.spec and env.spec.id.startswith("dm_control/") else {}
     other = [f"--{k.replace('_', '-')} {made_with[k]}" for k, value in here.items() if made_with.get(k, value) != value]
     need(not other, f"{path} was made with {' '.join(other)}, but this run differs; use the same")
 
@@ -1058,7 +1066,7 @@ def collect(
 def write_columns(path: Path, env: PixelEnv, columns: dict[str, np.ndarray], **about: Any) -> None:
     """Write a dataset: whole or not at all, since other processes may make the same file. Raises OSError."""
     own = path.with_name(f".{path.name}.{os.getpid()}")
-    about |= {"action_repeat": env.args.action_repeat, "env_id": env.spec.id}
+    about |= {"action_repeat": env.args.action_repeat, "camera": env.args.camera, "env_id": env.spec.id}
     try:
         write_atomically(own, lambda file: np.savez_compressed(file, **about, **columns))
         if not path.exists():  # else another process was faster, and has made the same

@@ -927,12 +927,12 @@ def extras(
     def replay() -> None:
         path = run.folder / "replay.npz"
         if args.save_replay and not path.exists():
-            save_episodes(buffer, path, args.action_repeat, env.spec.id)
+            save_episodes(buffer, path, args, env.spec.id)
 
     return [learning_curve, videos, replay]
 
 
-def save_episodes(buffer: ReplayBuffer, path: Path, action_repeat: int, env_id: str) -> None:
+def save_episodes(buffer: ReplayBuffer, path: Path, args: Args, env_id: str) -> None:
     """Write all transitions to an npz file as plas_pixels.py reads them.
 
     As in V-D4RL, an episode of T transitions has T + 1 rows, and row t holds the picture (H, W, 3) and what led to
@@ -946,8 +946,8 @@ def save_episodes(buffer: ReplayBuffer, path: Path, action_repeat: int, env_id: 
     columns = {
         "image": buffer.frames.numpy()[:count].transpose(0, 2, 3, 1), "action": values[:, :-2],
         "reward": values[:, -2], "is_first": is_first, "is_last": np.roll(is_first, -1),
-        "is_terminal": values[:, -1] > 0.0, "action_repeat": action_repeat, "frame_stack": buffer.stack,
-        "env_id": env_id,
+        "is_terminal": values[:, -1] > 0.0, "action_repeat": args.action_repeat, "frame_stack": buffer.stack,
+        "camera": args.camera, "env_id": env_id,
     }  # fmt: skip
     write_atomically(path, lambda file: np.savez(file, **columns))
 

@@ -119,19 +119,23 @@ def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.Hy
 
 def export(path: Path, model: Path) -> None:
     """Write what the averaged policy of HyAR-TD3 needs for playing, from a model file. Exits 2 for another script's."""
-    content = torch.load(model, map_location="cpu", weights_only=True)
+    content = torch.load(model, map_location="cpu", weights_only=True)  # it has been loaded once, so it is a model
     parts = ("average_actor.", "initial_embedding", "mask", "vae.decoder", "vae.parameter_head", "vae.latent")
     parts += ("vae.embedding_table",)
     if "center" not in content or "agent" not in content:
         usage_error(f"--export is for models that the current hyar_td3.py writes; {model} is not one")
     content["agent"] = {name: value for name, value in content["agent"].items() if name.startswith(parts)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "xb") as file:
+            torch.save(content, file)
+    except OSError as error:
+        usage_error(f"cannot write --export {path}: {error.strerror}; choose another place")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, for playing alone")
 
 
 def film(agent: Agent, folder: Path, seed: int) -> None:
-    """Write videos of three episodes of the policy."""
+    """Write videos of the first three episodes that have this seed."""
     settings = replace(agent.args, seed=seed, eval_episodes=3)
     if isinstance(agent, hyar_td3.HyARTD3):
         videos = hyar_td3.record_videos(agent, settings, agent.scale, folder)
@@ -142,10 +146,8 @@ def film(agent: Agent, folder: Path, seed: int) -> None:
     print("videos:", *videos)
 
 
-def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
+def play(agent: Agent, args: Args, seed: int) -> tuple[dict[str, float], str]:
     """What `evaluate` of the agent's script returns, and the policy's name. Exits 2 if there is no environment."""
-    fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
-    seed = agent.args.seed if args.own_episodes else fresh
     for flag, asked, script in (("still", args.still, sac_ae_pixels.SACAE), ("cloned", args.cloned, plas_pixels.PLAS)):
         if asked and not isinstance(agent, script):
             usage_error(f"--{flag} is for models of {script.__module__}.py; leave it out")
@@ -159,6 +161,8 @@ def play(agent: Agent, args: Args) -> tuple[dict[str, float], str]:
         environments = [hyar_td3.make_env(agent.args, agent.scale) for _ in range(args.episodes)]
         if agent.exported and not args.average:
             usage_error("this model was exported for playing its averaged policy; leave out --no-average")
+        if args.video and not args.average:
+            usage_error("--video shows the averaged policy; leave out --no-average")
         policy = "the policy's moving average" if args.average else "the actor"
         return hyar_td3.evaluate(agent, environments, seed, average=args.average), policy
     try:
@@ -182,16 +186,18 @@ def main(args: Args) -> None:
     path = args.run / args.model
     torch.set_num_threads(1)
     agent = load_agent(path)
-    result, policy = play(agent, args)
+    if args.export is not None:
+        export(args.export, path)
+    fresh = hyar_td3.episode_seed(args.seed, agent.args.seed, stream=3)  # a run itself uses streams 0, 1 and 2
+    seed = agent.args.seed if args.own_episodes else fresh
+    result, policy = play(agent, args, seed)
     mean, kind = result["episodic_return"], "of the run's own" if args.own_episodes else "fresh"
     rate = result.get("success_rate", math.nan)  # not every environment reports it
     success = "" if math.isnan(rate) else f", success rate {rate:.3f}"
     print(f"{path}, {args.episodes} {kind} episodes of {agent.args.env_id}, {policy}:")
     print(f"return {mean:.3f} ± {result['return_std']:.3f}{success}, length {result['episodic_length']:.1f}")
     if args.video is not None:
-        film(agent, args.video, args.seed)
-    if args.export is not None:
-        export(args.export, path)
+        film(agent, args.video, seed)
     if args.at_least is not None and not mean >= args.at_least:
         print(f"the mean return {mean:.3f} is below {args.at_least:g}")
         raise SystemExit(1)

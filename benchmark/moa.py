@@ -726,11 +726,15 @@ def unseen(args: Unseen) -> None:
             usage_error(f"{path}: expected collected games of NS and NH, but these are of {players}")
         if records.meta["seed"] == args.seed:
             usage_error(f"--seed {args.seed}: {path} was trained on games of this seed")
-        if metas and records.meta["env_kwargs"] != metas[0]["env_kwargs"]:
+        game = ("env_kwargs", "tie_break", "epsilon")
+        if metas and any(records.meta[name] != metas[0][name] for name in game):
             usage_error(f"{path} has a different game from {args.runs[0]}")
         metas.append(records.meta)
         named = re.fullmatch(r"pretrain_vae_moa-(.+?)__.+__\d+", path.resolve().name)
-        models.append((named[1] if named else path.resolve().name, agent, records.obs.device))
+        variant = named[1] if named else path.resolve().name
+        if any((variant, agent.args.seed) == (name, other.args.seed) for name, other, _ in models):
+            usage_error(f"{path}: there are two runs of {variant} with seed {agent.args.seed}; leave one out")
+        models.append((variant, agent, records.obs.device))
     torch.set_flush_denormal(True)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     table = []

@@ -61,6 +61,8 @@ class Args:
     """environment steps for which an action is repeated (default: plas_pixels.py's for the task)"""
     frame_stack: int | None = None
     """pictures in a model's observation (default: plas_pixels.py's for the task)"""
+    camera: int | None = None
+    """the camera of dm_control (default: plas_pixels.py's for the task)"""
     seed: int = 1
     """seed of agent and episodes"""
 
@@ -151,7 +153,7 @@ def sac_ae_policy(path: Path, env: plas_pixels.PixelEnv) -> Callable[[np.ndarray
     agent = evaluate.load_agent(path)
     if not isinstance(agent, sac_ae_pixels.SACAE):
         raise ValueError(f"{path} is not a model of sac_ae_pixels.py")
-    settings = ("image_size", "frame_stack", "action_repeat")  # its task may differ
+    settings = ("image_size", "frame_stack", "action_repeat", "camera")  # its task may differ
     plas_pixels.check_settings(path, {name: getattr(agent.args, name) for name in settings}, env)
     if agent.action_dim != env.action_dim:
         raise ValueError(f"{path} has {agent.action_dim} actions, the environment {env.action_dim}")
@@ -207,7 +209,8 @@ def main(args: Args) -> None:
             raise ValueError(f"--file {args.file}: td3 writes two files, name a --folder")
         settings = plas_pixels.Args(
             env_id=args.env, image_size=args.image_size, action_repeat=args.action_repeat, seed=args.seed,
-            frame_stack=args.frame_stack, collect_steps=args.steps, collect="random",  # so that its size is checked
+            frame_stack=args.frame_stack, camera=args.camera, collect_steps=args.steps,
+            collect="random",  # so that its size is checked
         )  # fmt: skip
         plas_pixels.check(settings)
         env = plas_pixels.make_env(settings)

@@ -60,7 +60,9 @@ def read_runs(folder: Path) -> dict[str, list[Row]]:
         arguments = json.loads(path.with_name("args.json").read_text())["arguments"]
         signal, _, dataset = path.parent.name.removeprefix("plas_pixels-").partition("__")[0].partition("-")
         rows = plot.read_rows(path)
-        if rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
+        if signal not in SIGNALS:
+            print(f"left out: {path.parent.name} is not plas_pixels-<signal>-<dataset>__<environment>__<seed>")
+        elif rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
             key = {"dataset": dataset, "signal": signal, "seed": str(arguments["seed"])}
             found.setdefault(arguments["env_id"].replace("/", "-"), []).extend({**key, **row} for row in rows)
     return found
@@ -81,6 +83,12 @@ def merge(path: Path, rows: list[Row]) -> list[Row]:
         writer.writeheader()
         writer.writerows(ordered)
     return ordered
+
+
+def datasets_of(rows: list[Row]) -> list[str]:
+    """The names of the datasets: the study's in its order, then all others."""
+    found = {row["dataset"] for row in rows}
+    return [name for name in DATASETS if name in found] + sorted(found.difference(DATASETS))
 
 
 def by_seed(rows: list[Row], dataset: str, signal: str, step: int, column: str) -> dict[str, float]:
@@ -116,7 +124,7 @@ def difference(rows: list[Row], dataset: str, pair: tuple[str, str], step: int, 
 def table(rows: list[Row], steps: tuple[int, ...]) -> str:
     """Mean and standard deviation over seeds, then the differences of PAIRS, in Markdown."""
     parts = []
-    for dataset in [name for name in DATASETS if any(row["dataset"] == name for row in rows)]:
+    for dataset in datasets_of(rows):
         own = [row for row in rows if row["dataset"] == dataset]
         means = {name: np.array([float(row[name]) for row in own]) for name in LEVELS}
         means = {name: np.nanmean(column) for name, column in means.items() if not np.isnan(column).all()}
@@ -147,7 +155,7 @@ def draw(rows: list[Row], title: str) -> Figure:
 
     The mean is interquartile, with its 95 % bootstrap interval, at the steps that all seeds have reached.
     """
-    datasets = [name for name in DATASETS if any(row["dataset"] == name for row in rows)]
+    datasets = datasets_of(rows)
     figure = Figure(figsize=(4.6 * len(datasets), 7.0), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, len(datasets), squeeze=False)

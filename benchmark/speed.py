@@ -576,7 +576,7 @@ def slow_environment(args: sac_ae_pixels.Args) -> sac_ae_pixels.PixelEnv:
 
 
 def pixel_environment_speed(env_id: str, args: Args) -> dict[str, float]:
-    """CPU-seconds of one agent step (simulation, picture, scaling), as it is and as the task draws itself."""
+    """CPU-seconds of an agent step (simulation, picture, scaling), as it is and as the task draws itself."""
     works = {}
     own = sac_ae_pixels.Args(env_id=env_id)
     sac_ae_pixels.check(own)
@@ -592,7 +592,7 @@ def pixel_environment_speed(env_id: str, args: Args) -> dict[str, float]:
 
         works[quality] = steps
     seconds = medians(args.rounds, works)
-    return {name: value / args.pixel_steps for name, value in seconds.items()}
+    return {"action_repeat": own.action_repeat} | {name: value / args.pixel_steps for name, value in seconds.items()}
 
 
 def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
@@ -660,7 +660,9 @@ def measure_sac_ae_pixels(args: Args) -> dict[str, Any]:
         f"{rates['fast'] / 1e9:.0f} GFLOP/s in float32, {rates['bf16'] / 1e9:.0f} in bfloat16"
     )
     print(f"  sampling {1e2 * seconds['sample']:.1f} ms of it")
-    return {"environments": environments, "updates": updates, "operations": operations, "best_rates": rates}
+    pictures = f"{args.image_size} x {args.image_size}, batch {args.pixel_batch_size}"
+    own = {"environments": environments, "pictures": pictures, "updates": updates}
+    return own | {"operations": operations, "best_rates": rates}
 
 
 # PLAS from pixels ----------------------------------------------------------------------------------------------------
@@ -715,7 +717,7 @@ def measure_plas_pixels(args: Args) -> dict[str, Any]:
         plas_pixels.check(own)
         env, start = plas_pixels.make_env(own), time.process_time()
         transitions = plas_pixels.collect(env, 600, seed=0)
-        steps_per_second = 600 / (time.process_time() - start)
+        steps_per_second = 600 * own.action_repeat / (time.process_time() - start)
         dataset = plas_pixels.Dataset(transitions, own.frame_stack)
         fast, bf16 = (plas_pixels.PLAS(replace(own, bf16=half), env, CPU) for half in (False, True))
         plain, batch_size = PlainPLAS(fast, env, dataset), own.batch_size
@@ -934,8 +936,9 @@ def summary(script: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
         fast = updates["fast"]
         return [row("Platform, batch 128", steps, fast["updates_per_second"], updates["ratio"], fast["roofline_share"])]
     if script == "sac_ae_pixels":
-        steps, lines = 1.0 / next(iter(figures["environments"].values()))["fast"], []
-        for kind, name in (("fast", "84 x 84, batch 128"), ("bf16", "the same with `--bf16`")):
+        task, lines = next(iter(figures["environments"].values())), []
+        steps = task["action_repeat"] / task["fast"]
+        for kind, name in (("fast", figures["pictures"]), ("bf16", "the same with `--bf16`")):
             found = figures["updates"][kind]
             lines.append(row(name, steps, 1.0 / found["seconds"], found["ratio"], found["roofline_share"]))
         return lines
@@ -1002,11 +1005,12 @@ def main(args: Args) -> None:
     figures = MEASUREMENTS[args.script](args)
     if args.json:
         own = {"script": args.script, **where_measured(), "rows": summary(args.script, figures)}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(own | figures, indent=1) + "\n")  # before a run that can fail
         if args.memory:
             own["peak_memory"] = peak_memory(args.script)
             print(f"a short run takes {own['peak_memory'] / 2**20:,.0f} MiB at most")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(own | figures, indent=1) + "\n")
+            args.json.write_text(json.dumps(own | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

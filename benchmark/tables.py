@@ -481,7 +481,8 @@ def speed(scripts: tuple[str, ...]) -> str:
             name, steps, memory, where = "", "", "", ""
             if i == 0:  # what all rows of a script share
                 name, steps = f"`{script}`", f"{row['steps']:,.0f}" if row["steps"] else ""
-                memory, where = f"{found['peak_memory'] / 2**20:,.0f} MiB", f"{found['commit']}; {found['machine']}"
+                memory = f"{found['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in found else "–"
+                where = f"{found['commit']}; {found['machine']}"
             updates = f"{row['updates']:,.{1 if row['updates'] < 100 else 0}f}"
             ratio = f"{row['ratio']:.2f}" if row["ratio"] else "–"
             lines.append([name, row["update"], steps, updates, ratio, f"{100 * row['roofline']:.0f} %", memory, where])

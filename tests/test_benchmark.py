@@ -565,7 +565,7 @@ def test_latent_draws_what_the_latent_space_holds(trained, capsys):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20 and (pixels < 250).any(2).mean() > 0.02
 
 
-def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
+def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch, tmp_path):
     seeds = []
     reset = hyar_td3.HybridEnv.reset
 
@@ -578,6 +578,11 @@ def test_evaluate_plays_episodes_of_its_own(trained, monkeypatch):
         evaluate.main(evaluate.Args(trained, episodes=20, seed=seed))
     used = {hyar_td3.episode_seed(3, i, stream) for i in range(1_000) for stream in (0, 1, 2)}
     assert len(set(seeds)) == 40 and not set(seeds) & used
+    for own in (False, True):  # a video shows the first three of those that were scored
+        seeds.clear()
+        evaluate.main(evaluate.Args(trained, episodes=4, own_episodes=own, video=tmp_path / f"{own}"))
+        resets = [seed for seed in seeds if seed is not None]
+        assert resets[:3] == resets[4:7] and bool(set(resets) & used) == own
 
 
 @pytest.mark.parametrize("residual_action", [False, True])
@@ -660,7 +665,7 @@ def test_an_exported_model_plays_alone(trained, tmp_path, capsys):
     """It is small, plays the averaged policy as the run's own model does, and knows that it has no other."""
     file = tmp_path / "Platform-v0" / "best_model.pt"
     evaluate.main(evaluate.Args(trained, episodes=3, export=file))
-    first, second, third = capsys.readouterr().out.splitlines()
+    third, first, second = capsys.readouterr().out.splitlines()
     assert file.stat().st_size < 1e6 and third == f"{file}: {file.stat().st_size / 1e6:.2f} MB, for playing alone"
     evaluate.main(evaluate.Args(file.parent, episodes=3, video=tmp_path / "videos"))
     lines = capsys.readouterr().out.splitlines()
@@ -851,7 +856,7 @@ def test_the_script_has_dot_hazards_data_made(tmp_path, monkeypatch, capsys):
 
 def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
     agent = plas_data.sac_ae_pixels.SACAE.__new__(plas_data.sac_ae_pixels.SACAE)
-    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, "residual_action": False}
+    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, "camera": 0, "residual_action": False}
     own = {
         "args": SimpleNamespace(**sizes, seed=1), "action_dim": 2,
         "act": lambda pictures, _: np.tanh(pictures.reshape(len(pictures), -1)[:, :2] / 255.0 - 0.2, dtype=np.float32),
@@ -876,7 +881,7 @@ def test_a_model_of_sac_ae_collects_by_its_mean_actions(tmp_path, monkeypatch):
 )
 def test_a_model_that_does_not_fit_is_refused(changes, part, tmp_path, monkeypatch, capsys):
     agent = plas_data.sac_ae_pixels.SACAE.__new__(plas_data.sac_ae_pixels.SACAE)
-    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, **changes}
+    sizes = {"image_size": 28, "frame_stack": 1, "action_repeat": 1, "camera": 0, **changes}
     agent.__dict__.update(args=SimpleNamespace(**sizes, seed=1), action_dim=changes.get("action_dim", 2))
     monkeypatch.setattr(plas_data.evaluate, "load_agent", lambda path: agent)
     (tmp_path / "model.pt").write_bytes(b"a model")
@@ -987,6 +992,17 @@ def test_results_of_the_study_grow(study):
     run_of_the_study(study / "more", "vae", 2, [3.0, 9.0])
     plas_study.main(plas_study.Args(study / "more", results, steps=(4_000,)))
     assert cells((results / "DotHazard-v0.md").read_text(), "critic minus vae")[1] == "-3.0"  # seed 2 has both
+
+
+def test_data_of_ones_own_have_a_table_too(study, capsys):
+    run_of_the_study(study / "runs", "both-mine-medium", 3, [1.0, 9.0])  # a dataset named mine-medium-medium
+    run_of_the_study(study / "runs", "mine", 3, [1.0, 9.0])  # no signal
+    plas_study.main(plas_study.Args(study / "runs", study / "results", steps=(4_000,)))
+    assert "left out: plas_pixels-mine-medium__DotHazard-v0__3 is not" in capsys.readouterr().out
+    text = (study / "results" / "DotHazard-v0.md").read_text()
+    assert text.index("Dataset medium.") < text.index("Dataset mine-medium-medium.")
+    assert text.count("| both |") == 2 and "mine |" not in text
+    assert_picture(study / "results" / "DotHazard-v0.png")
 
 
 @pytest.mark.parametrize("tool", [world_model_table, plas_study])

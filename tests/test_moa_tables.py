@@ -285,6 +285,7 @@ def test_which_runs_can_meet_strangers(runs, tmp_path, capsys):
         (tables.Unseen((run,), seed=1), "trained on games of this seed"),
         (tables.Unseen((headless,)), "no policy head"),
         (tables.Unseen((run, larger)), "has a different game from"),
+        (tables.Unseen((run, run)), "there are two runs of moa-z with seed 1; leave one out"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             tables.unseen(dataclasses.replace(args, results=tmp_path / "results"))

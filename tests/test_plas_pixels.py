@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1280,6 +1281,21 @@ def test_data_of_another_task_are_refused(env, columns, tmp_path):
     np.savez(tmp_path / "data.npz", env_id="DotOther-v0", **columns)
     with pytest.raises(ValueError, match="was made with --env-id DotOther-v0, but this run differs"):
         load(tmp_path / "data.npz", env)
+
+
+def test_data_of_another_camera_are_refused(env, columns, tmp_path):
+    """dm_control alone has several; what is collected, and what sac_ae_pixels.py saves, names its own."""
+    plas_pixels.write_columns(tmp_path / "data.npz", env, columns)
+    _, _, made_with = load(tmp_path / "data.npz", env)
+    assert made_with["camera"] == env.args.camera == 0
+    task = SimpleNamespace(size=env.size, args=replace(env.args), spec=SimpleNamespace(id="dm_control/a-v0"))
+    made_with["env_id"] = "dm_control/a-v0"
+    plas_pixels.check_settings(tmp_path / "data.npz", made_with, task)
+    task.args.camera = 1
+    with pytest.raises(ValueError, match=r"data\.npz was made with --camera 0, but this run differs"):
+        plas_pixels.check_settings(tmp_path / "data.npz", made_with, task)
+    del made_with["camera"]  # an older file does not say it
+    plas_pixels.check_settings(tmp_path / "data.npz", made_with, task)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_collected(tmp_path, capsys, monkeypatch):

@@ -1200,7 +1200,7 @@ def test_a_saved_replay_holds_every_transition_with_its_stacks(stack, unfinished
         else:
             buffer.add(np.float32([number, -number]), number / 2, False, frame_of(number))
     buffer.values[:, :-2] /= 20_000.0  # actions are in [-1, 1]
-    sac_ae_pixels.save_episodes(buffer, tmp_path / "replay.npz", 4, "PixelToy-v0")
+    sac_ae_pixels.save_episodes(buffer, tmp_path / "replay.npz", Args(action_repeat=4, camera=1), "PixelToy-v0")
     dataset = as_dataset(tmp_path / "replay.npz", 4, stack, 2, 4)
     batch, held = dataset.batch(torch.arange(buffer.size)), buffer.gather(torch.arange(buffer.size), CPU)
     assert len(dataset.rows) == buffer.size == sum(lengths) + unfinished
