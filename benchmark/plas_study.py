@@ -51,10 +51,12 @@ class Args:
     """the folder to write to"""
     steps: tuple[int, ...] = (2_000, 10_000, 40_000)
     """gradient steps at which the table compares"""
+    unfinished: bool = False
+    """if toggled, also take what runs have evaluated that have not ended"""
 
 
-def read_runs(folder: Path) -> dict[str, list[Row]]:
-    """The evaluations of all finished runs of the study, by environment, as files are named."""
+def read_runs(folder: Path, unfinished: bool = False) -> dict[str, list[Row]]:
+    """The evaluations of all finished runs of the study (or of all), by environment, as files are named."""
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("plas_pixels-*__*/eval.csv")):
         arguments = json.loads(path.with_name("args.json").read_text())["arguments"]
@@ -62,7 +64,7 @@ def read_runs(folder: Path) -> dict[str, list[Row]]:
         rows = plot.read_rows(path)
         if signal not in SIGNALS:
             print(f"left out: {path.parent.name} is not plas_pixels-<signal>-<dataset>__<environment>__<seed>")
-        elif rows and int(rows[-1]["step"]) == arguments["total_timesteps"]:
+        elif rows and (unfinished or int(rows[-1]["step"]) == arguments["total_timesteps"]):
             key = {"dataset": dataset, "signal": signal, "seed": str(arguments["seed"])}
             found.setdefault(arguments["env_id"].replace("/", "-"), []).extend({**key, **row} for row in rows)
     return found
@@ -187,7 +189,7 @@ def draw(rows: list[Row], title: str) -> Figure:
 
 def main(args: Args) -> None:
     """Read, merge, draw, and print the tables."""
-    found = read_runs(args.runs)
+    found = read_runs(args.runs, args.unfinished)
     environments = set(found) | {path.stem for path in args.results.glob("*.csv")}
     if not environments:
         usage_error(f"no finished runs of the study in {args.runs}; see benchmark/plas_pixels.sh")

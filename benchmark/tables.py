@@ -240,6 +240,24 @@ def plas_cartpole() -> str:
     return markdown([*header, "cloned, 10,000", "squared error of Q, 10,000", "correlation of Q"], lines)
 
 
+def plas_transitions() -> str:
+    """Cartpole, encoder trained by both losses: 15,000 transitions beside 100,000."""
+    rows, lines = rows_of("plas_pixels", f"{CARTPOLE}.csv"), []
+    for dataset in ("mixed", "mixed-100k", "medium", "medium-100k"):
+        own = [row for row in rows if (row["dataset"], row["signal"]) == (dataset, "both")]
+        if not own:
+            continue
+        data, _, size = dataset.partition("-")
+        last, seeds = max(int(row["step"]) for row in own), {row["seed"] for row in own}
+        level = f"{float(own[0]['behaviour_return']):.0f}"
+        returns = [plas_cell(CARTPOLE, dataset, "both", step, "episodic_return", 0) for step in (2_000, 10_000, last)]
+        errors = [plas_cell(CARTPOLE, dataset, "both", step, "prior_action_error", 3) for step in (10_000, last)]
+        returns[2] += f" ({last:,} steps)"
+        lines.append([data, "100,000" if size else "15,000", str(len(seeds)), level, *returns, *errors])
+    header = ["data", "transitions", "seeds", "the data's return", "return, 2,000 steps", "10,000", "last"]
+    return markdown([*header, "prior-action error, 10,000", "last"], lines)
+
+
 def plas_repair() -> str:
     """What was expected of moving the encoder to the critics' optimizer, compared with what was measured (means)."""
     rows, steps = rows_of("plas_pixels", f"{DOT}.csv"), (2_000, 4_000, 10_000)
@@ -528,6 +546,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plas-60k": lambda: plas_table(DOT, ("medium-60k",), (2_000, 10_000), ORDER[:4]),
     "plas-long": lambda: plas_table(DOT, ("medium-long",), (10_000, 40_000), ("both", "critic")),
     "plas-cartpole": plas_cartpole,
+    "plas-transitions": plas_transitions,
     "plas-repair": plas_repair,
     "moa-results": moa_results,
     "moa-probes": moa_probes,

@@ -975,6 +975,8 @@ def test_the_study_becomes_a_table(study, capsys):
     assert row["probe R²"] == "–"
     assert cells(text, "critic", "2,000")[2:5] == ["1", "1.00", "0.10"]
     assert_picture(results / "DotHazard-v0.png")
+    plas_study.main(plas_study.Args(study / "runs", results, steps=(2_000, 4_000), unfinished=True))
+    assert cells((results / "DotHazard-v0.md").read_text(), "vae", "2,000")[2:4] == ["1", "5.00"]
 
 
 def test_results_of_the_study_grow(study):
