@@ -49,7 +49,7 @@ class Args:
     """the folder with the run folders"""
     results: Path = ROOT / "benchmark" / "results" / "plas_pixels"
     """the folder to write to"""
-    steps: tuple[int, ...] = (2_000, 10_000, 40_000)
+    steps: tuple[int, ...] = (2_000, 10_000, 25_000, 40_000)
     """gradient steps at which the table compares"""
     unfinished: bool = False
     """if toggled, also take what runs have evaluated that have not ended"""
