@@ -97,7 +97,9 @@ def main(args: Args) -> None:
     if not isinstance(agent, plas_pixels.PLAS) or agent.args.policy != "latent":
         usage_error(f"{args.run} is not a run of plas_pixels.py with --policy latent")
     env = plas_pixels.make_env(agent.args)
-    dataset, states = read(args.dataset or Path(agent.args.dataset), env)
+    settings = agent.args
+    named = Path("data") / f"{settings.env_id}_{settings.dataset}_{settings.collect_steps}.npz"  # Dot Hazard's own
+    dataset, states = read(args.dataset or (named if named.exists() else Path(settings.dataset)), env)
     episode = np.searchsorted(dataset.starts, dataset.rows.numpy(), side="right") - 1
     held_out = episode >= 0.9 * len(dataset.starts)
     if held_out.all() or not held_out.any():

@@ -60,3 +60,7 @@ for seed in 1 2; do
         done
     done
 done
+
+# Are pictures that are not shifted cloned better? Compare with the same step of medium-100k.
+job both medium-100k-no-shift dm_control/cartpole-swingup-v0 1 --dataset "$source-100k/medium.npz" \
+    --total-timesteps 10000 --action-repeat 4 --gamma 0.98 --image-size 64 --bf16 --eval-episodes 10 --random-shift 0

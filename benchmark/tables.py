@@ -243,7 +243,8 @@ def plas_cartpole() -> str:
 def plas_transitions() -> str:
     """Cartpole, encoder trained by both losses: 15,000 transitions beside 100,000."""
     rows, lines = rows_of("plas_pixels", f"{CARTPOLE}.csv"), []
-    for dataset in ("mixed", "mixed-100k", "medium", "medium-100k"):
+    sizes = {"": "15,000", "100k": "100,000", "100k-no-shift": "100,000, not shifted"}
+    for dataset in ("mixed", "mixed-100k", "medium", "medium-100k", "medium-100k-no-shift"):
         own = [row for row in rows if (row["dataset"], row["signal"]) == (dataset, "both")]
         if not own:
             continue
@@ -253,7 +254,7 @@ def plas_transitions() -> str:
         returns = [plas_cell(CARTPOLE, dataset, "both", step, "episodic_return", 0) for step in (2_000, 10_000, last)]
         errors = [plas_cell(CARTPOLE, dataset, "both", step, "prior_action_error", 3) for step in (10_000, last)]
         returns[2] += f" ({last:,} steps)"
-        lines.append([data, "100,000" if size else "15,000", str(len(seeds)), level, *returns, *errors])
+        lines.append([data, sizes[size], str(len(seeds)), level, *returns, *errors])
     header = ["data", "transitions", "seeds", "the data's return", "return, 2,000 steps", "10,000", "last"]
     return markdown([*header, "prior-action error, 10,000", "last"], lines)
 
