@@ -906,14 +906,8 @@ FIELDS = {  # a dataset's columns, with one value per row
     "image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32,
     "is_first": bool, "is_last": bool, "is_terminal": bool,
 }  # fmt: skip
-SETTINGS = (
-    "action_repeat",
-    "frame_stack",
-    "camera",
-    "env_id",
-    "collect",
-    "first_seed",
-)  # single values: how it was made
+# Single values: how a dataset was made.
+SETTINGS = ("action_repeat", "frame_stack", "camera", "env_id", "collect", "first_seed")
 
 
 def check_settings(path: Path, made_with: dict[str, Any], env: PixelEnv) -> None:

@@ -119,7 +119,7 @@ def load_hyar_td3(content: dict[str, Any], args: hyar_td3.Args, env: hyar_td3.Hy
 
 def export(path: Path, model: Path) -> None:
     """Write what the averaged policy of HyAR-TD3 needs for playing, from a model file. Exits 2 for another script's."""
-    content = torch.load(model, map_location="cpu", weights_only=True)  # it has been loaded once, so it is a model
+    content = torch.load(model, map_location="cpu", weights_only=True)
     parts = ("average_actor.", "initial_embedding", "mask", "vae.decoder", "vae.parameter_head", "vae.latent")
     parts += ("vae.embedding_table",)
     if "center" not in content or "agent" not in content:
