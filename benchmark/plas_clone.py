@@ -87,6 +87,20 @@ def read(path: Path, env: plas_pixels.PixelEnv) -> tuple[plas_pixels.Dataset, np
     return dataset, states[dataset.rows - 1]
 
 
+def episode_of(env: plas_pixels.PixelEnv, act: Callable, scaled: Callable, seed: int) -> tuple[np.ndarray, float]:
+    """The states (T + 1, S) and the return of an episode; `act` gets the observation and the scaled state before it."""
+    visited, total = [], 0.0
+
+    def choose(observation: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(scaled(visited[-1]))[None]
+        return act(torch.from_numpy(observation)[None], state)[0].numpy()
+
+    for _, _, reward, _, _, state in plas_pixels.play(env, choose, seed):
+        visited.append(state)
+        total += reward
+    return np.array(visited), total
+
+
 @torch.no_grad()
 def main(args: Args) -> None:
     """Train the clone, play, and print the table."""
@@ -140,15 +154,8 @@ def main(args: Args) -> None:
         ]  # fmt: skip
         returns, outside, first = [], [], []
         for i in range(args.episodes):
-            observation, info = env.reset(seed=plas_pixels.episode_seed(agent.args.seed, i, stream=1))
-            visited, total, done = [info["state"]], 0.0, False
-            while not done:
-                state = torch.from_numpy(scaled(visited[-1]))[None]
-                action = act(torch.from_numpy(observation)[None], state)[0].numpy()
-                observation, reward, terminated, truncated, info = env.step(action)
-                visited.append(info["state"])
-                total, done = total + reward, terminated or truncated
-            far = nearest.query(scaled(np.array(visited)))[0] > limit
+            visited, total = episode_of(env, act, scaled, plas_pixels.episode_seed(agent.args.seed, i, stream=1))
+            far = nearest.query(scaled(visited))[0] > limit
             returns.append(total)
             outside.append(far.mean())
             first.append(far.argmax() if far.any() else np.inf)
